@@ -1,0 +1,28 @@
+"""torch.hub entry points: the net, and the scheduler with learned schedules."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+import mlr_snet as _mlr_snet
+
+dependencies = ["torch"]
+
+
+def mlr_snet(path: str | Path | None = None, hidden_size: int = 50, num_layers: int = 1) -> _mlr_snet.MLRSNet:
+    """The net: learned weights from a .pth file (its sizes are the file's), or fresh ones without a path."""
+    return _mlr_snet.load_schedule(path) if path else _mlr_snet.MLRSNet(hidden_size, num_layers)
+
+
+def mlr_snet_lr(
+    optimizer: Optimizer,
+    num_classes: int,
+    num_epochs: int,
+    steps_per_epoch: int,
+    nets: Sequence[str | Path] | None = None,
+    **options: object,
+) -> _mlr_snet.MLRSNetLR:
+    """The scheduler around an optimizer, with the nets of the given files (default: those in meta-test/)."""
+    schedules = _mlr_snet.load_schedules(nets or _mlr_snet.SHIPPED)
+    return _mlr_snet.MLRSNetLR(optimizer, schedules, num_classes, num_epochs, steps_per_epoch, **options)  # type: ignore

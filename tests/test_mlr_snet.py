@@ -1,0 +1,265 @@
+"""The net, the LR scale, the hypergradient and the schedulers, against oracles."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient, load_schedule, lr_scale, train
+
+HERE = Path(__file__).parent
+GOLDEN = json.loads((HERE / "golden.json").read_text())
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01),
+}
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4)
+    ).double()
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, 1, 6, 6, dtype=torch.float64, generator=generator)
+    return images, torch.randint(4, (8,), generator=generator)
+
+
+def loss_on(network, seed):
+    images, labels = batch(seed)
+    return nn.functional.cross_entropy(network(images), labels)
+
+
+def trained(make_optimizer, steps=2):
+    """A network and optimizer some steps into training, with the next gradient in .grad."""
+    network = small_network()
+    optimizer = make_optimizer(network.parameters())
+    for seed in range(steps + 1):
+        optimizer.zero_grad()
+        loss_on(network, seed).backward()
+        if seed < steps:
+            optimizer.step()
+    return network, optimizer
+
+
+def meta_loss_after_step(make_optimizer, lr):
+    """The meta loss after the optimizer's own step of rate lr."""
+    network, optimizer = trained(make_optimizer)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return loss_on(network, 99).item()
+
+
+def test_outputs_agree_with_the_golden_ones():
+    net = load_schedule(HERE / "random_schedule.pth").double()
+    state, fractions = net.initial_state(), []
+    for loss in GOLDEN["losses"]:
+        fraction, state = net(torch.tensor(loss, dtype=torch.float64), state)
+        fractions.append(fraction.item())
+    assert fractions == pytest.approx(GOLDEN["fractions"], abs=1e-6)
+
+
+def test_parameter_count_and_scale_agree_with_the_golden_ones():
+    count = sum(parameter.numel() for parameter in MLRSNet().parameters())
+    assert count == GOLDEN["fresh_parameter_counts"]["mlr_snet"]
+    for loss, classes, expected in GOLDEN["lr_scale"]:
+        assert lr_scale(loss, classes) == pytest.approx(expected, rel=1e-9)
+
+
+def test_scale_keeps_its_floor_where_the_formula_crosses_zero():
+    assert lr_scale(0.1, 10) == pytest.approx(0.1**0.5 / 10**0.25 / 4)
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
+def test_scale_refuses_a_loss_that_is_not_positive(loss):
+    with pytest.raises(ValueError, match="positive loss"):
+        lr_scale(loss, 10)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_checkpoints_survive_a_round_trip(tmp_path, layers):
+    net = MLRSNet(20, layers)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    loaded = load_schedule(tmp_path / "net.pth")
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "truncated", "foreign", "code", "list"])
+def test_a_file_that_is_no_schedule_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "net.pth"
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "truncated":
+        path.write_bytes((HERE / "random_schedule.pth").read_bytes()[:1000])
+    elif content != "missing":
+        torch.save({"foreign": nn.Linear(2, 2).state_dict(), "code": Malicious(), "list": [1]}[content], path)
+    with pytest.raises(ValueError, match="net.pth"):
+        load_schedule(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hypergradient_equals_central_differences_of_the_optimizers_own_step(name):
+    network, optimizer = trained(OPTIMIZERS[name])
+    slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    width = 1e-5
+    above, below = (meta_loss_after_step(OPTIMIZERS[name], 0.05 + sign * width) for sign in (1, -1))
+    assert slope.item() == pytest.approx((above - below) / (2 * width), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov"])
+def test_hypergradient_equals_autograd_through_the_lookahead(name):
+    network, optimizer = trained(OPTIMIZERS[name])
+    slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    images, labels = batch(2)
+    parameters = dict(network.named_parameters())
+    buffers = {key: value.clone() for key, value in network.named_buffers()}
+    loss = nn.functional.cross_entropy(functional_call(network, {**parameters, **buffers}, (images,)), labels)
+    gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    group, ahead = optimizer.param_groups[0], {}
+    for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        direction = decayed = gradient + group["weight_decay"] * parameter
+        if group["momentum"]:
+            velocity = optimizer.state[parameter]["momentum_buffer"]
+            direction = group["momentum"] * velocity + (1 - group["dampening"]) * decayed
+        if group["nesterov"]:
+            direction = decayed + group["momentum"] * direction
+        ahead[key] = parameter - lr * direction
+    images, labels = batch(99)
+    nn.functional.cross_entropy(functional_call(network, {**ahead, **buffers}, (images,)), labels).backward()
+    assert slope.item() == pytest.approx(lr.grad.item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_lookahead_leaves_everything_as_it_was_to_the_bit(name):
+    network, optimizer = trained(OPTIMIZERS[name])
+
+    def snapshot():
+        tensors = [*network.state_dict().values(), *(p.grad for p in network.parameters())]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if value is not None]
+        return [tensor.clone() for tensor in tensors]
+
+    before = snapshot()
+    hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
+
+
+def test_an_optimizer_that_is_not_affine_in_the_rate_is_refused():
+    network = small_network()
+    with pytest.raises(TypeError, match="LBFGS"):
+        hypergradient(network, torch.optim.LBFGS(network.parameters()), 0.1, lambda point: loss_on(point, 99))
+
+
+class ToyTask:
+    """Random images; the step's number is the seed."""
+
+    num_classes, perplexity, steps_per_epoch, clip = 4, False, 3, None
+
+    class Batch:
+        def __init__(self, seed):
+            self.inputs, self.targets = batch(seed)
+
+    def train_batches(self, start):
+        while True:
+            yield self.Batch(start)
+            start += 1
+
+    def meta_batch(self, index):
+        return self.Batch(1000 + index)
+
+    def loss(self, network, batch, carry):
+        logits = network(batch.inputs)
+        accuracy = 100 * (logits.argmax(1) == batch.targets).double().mean()
+        return nn.functional.cross_entropy(logits, batch.targets), accuracy, carry
+
+    def evaluate(self, network):
+        return {}
+
+
+def test_the_loop_with_a_fixed_rate_equals_a_plain_loop_to_the_bit():
+    from baselines import SCHEDULES
+
+    task, mine, plain = ToyTask(), small_network(), small_network()
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9)
+    assert len(list(train(mine, task, optimizer, SCHEDULES["fixed"](optimizer, 2, 3), 2))) == 6
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for seed in range(6):
+        optimizer.zero_grad()
+        loss_on(plain, seed).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), plain.parameters(), strict=True))
+
+
+def test_theta_moves_along_the_total_derivative_of_the_meta_loss():
+    """Adam's first gradient equals autograd through θ → lr → ŵ → L_meta, in float64."""
+    network, optimizer = trained(OPTIMIZERS["sgd"])
+    net = MLRSNet(6).double()
+    schedule = MetaMLRSNetLR(optimizer, net, network, ToyTask(), 1, t_val=1, weight_decay=0.0)
+    slope_by_hand = {}
+    loss = torch.tensor(1.3, dtype=torch.float64)
+    fraction, _ = net(loss, net.initial_state())
+    scale = lr_scale(1.3, 4)
+    slope = hypergradient(network, optimizer, scale * fraction.item(), lambda point: loss_on(point, 1000))
+    gradients = torch.autograd.grad(fraction, list(net.parameters()))
+    slope_by_hand = [slope * scale * gradient for gradient in gradients]
+    schedule.step(loss)
+    for parameter, expected in zip(net.parameters(), slope_by_hand, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-14)
+    assert schedule.num_updates == 1
+
+
+def test_the_real_step_uses_the_new_theta_and_advances_the_state_once():
+    network, optimizer = trained(OPTIMIZERS["sgd"])
+    net = MLRSNet(6).double()
+    schedule = MetaMLRSNetLR(optimizer, net, network, ToyTask(), 1, t_val=1, lr=0.1)
+    schedule.step(torch.tensor(1.3, dtype=torch.float64))
+    fraction, state = net(torch.tensor(1.3, dtype=torch.float64), net.initial_state())
+    assert schedule.get_last_lr()[0] == pytest.approx(lr_scale(1.3, 4) * fraction.item(), rel=1e-12)
+    assert torch.equal(schedule.state, state)
+
+
+def test_nets_change_at_thirds_and_groups_keep_their_ratios():
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[0], "lr": 1.0}, {"params": weights[1], "lr": 0.1}])
+    schedule = MLRSNetLR(optimizer, [MLRSNet() for _ in range(3)], 10, num_epochs=7, steps_per_epoch=2)
+    phases = []
+    for _ in range(14):
+        schedule.step(2.3)
+        phases.append(schedule.phase)
+        assert schedule.get_last_lr()[1] == pytest.approx(0.1 * schedule.get_last_lr()[0])
+    assert phases == [0] * 4 + [1] * 4 + [2] * 6
+
+
+def test_the_scale_at_a_change_of_nets_comes_from_the_mean_loss_of_the_epoch_before():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = MLRSNetLR(optimizer, [MLRSNet(), MLRSNet()], 10, num_epochs=2, steps_per_epoch=2)
+    for loss in (2.0, 1.0, 7.0):
+        schedule.step(loss)
+    assert schedule.scale == pytest.approx(lr_scale(1.5, 10))
+
+
+def test_a_loss_that_is_not_finite_stops_the_loop_and_names_the_step():
+    network = small_network()
+    with torch.no_grad():
+        network[0].weight.fill_(float("nan"))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedule = MLRSNetLR(optimizer, [MLRSNet()], 4, 1, 3)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        next(train(network, ToyTask(), optimizer, schedule, 1))

@@ -1,0 +1,317 @@
+"""Rates of an optimizer, device and precision, run folders, checkpoints, and the pieces that both scripts share."""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+ROOT = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------- learning rates
+
+
+def lr_ratios(optimizer: Optimizer) -> list[float]:
+    """Each parameter group's initial rate over the largest one. ValueError when all are zero."""
+    rates = [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if max(rates) <= 0:
+        raise ValueError("the optimizer's rates are all zero: give at least one group a positive lr")
+    return [rate / max(rates) for rate in rates]
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give the group with the largest initial rate `lr`, and the others their share of it."""
+    for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
+        group["lr"] = lr * ratio
+
+
+def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
+    """sgd, adam or adamw; momentum is SGD's."""
+    if name == "sgd":
+        return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return {"adam": Adam, "adamw": AdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
+
+
+# ---------------------------------------------------------------------------------------------- device and precision
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA where there is one, else the CPU. ValueError for a device that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
+    """A maker of the context in which the network runs forward: bf16 autocast, or nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` in [low, high], or (low, high] with `above`."""
+
+    def parse(text: str) -> Any:
+        limits = f"{'above' if above else 'at least'} {low:g}" + (f", at most {high:g}" if high < math.inf else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+        return value
+
+    return parse
+
+
+def number_or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type: what `parse` takes, or the word auto."""
+    return lambda text: text if text == "auto" else parse(text)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that meta-train and meta-test share."""
+    add = parser.add_argument
+    positive = number(int, 1)
+    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive, default=200, help="epochs (default: 200)")
+    add("--batch-size", "--batch_size", type=positive, default=128, help="images a step (default: 128)")
+    add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
+    add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
+    add("--wd", type=number(float, 0), default=5e-4, help="weight decay of the network (default: 5e-4)")
+    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
+        help="LR scale, the largest rate MLR-SNet can give; for adam a number near 1e-3 is wise (default: auto)")
+    add("--data-root", type=Path, default=ROOT / "data" / "downloads", help="where the data lies or is downloaded to")
+    add("--image-size", type=positive, help="resize images to this many pixels (default: 32 for folder)")
+    add("--limit-train", type=positive, metavar="N", help="train on N class-balanced images (default: all)")
+    add("--limit-test", type=positive, metavar="N", help="test on N class-balanced images (default: all)")
+    add("--out", type=Path, help="the run's folder (default: result/<network>_<dataset> beside the script)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, data order and meta set (default: 0)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--resume", action="store_true", help="continue the run that lies in --out, with its own arguments")
+
+
+def parse_run_arguments(parser: argparse.ArgumentParser, script: Path, argv: list[str] | None) -> argparse.Namespace:
+    """Parse, settle --out, and on --resume bring back the run's own arguments; other values than those are refused."""
+    args = parser.parse_args(argv)
+    args.out = args.out or script.parent / "result" / f"{args.network}_{args.dataset}"
+    args.out = args.out.absolute()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; give a folder")
+    record = args.out / "args.json"
+    if not args.resume:
+        if record.exists():
+            parser.error(f"--out {args.out} holds another run; continue it with --resume or give another --out")
+        return args
+    try:
+        stored = json.loads(record.read_text())["arguments"]
+    except (OSError, ValueError, KeyError):
+        parser.error(f"--resume: no run in {args.out} (no readable args.json)")
+    given = {key: plain(value) for key, value in vars(args).items() if value != parser.get_default(key)}
+    for key, value in given.items():
+        if key not in ("resume", "out") and stored.get(key) != value:
+            flag = key.replace("_", "-")
+            parser.error(f"--resume continues with the run's own --{flag} {stored.get(key)}; leave --{flag} out")
+    for key, value in stored.items():
+        if key not in ("resume", "out"):
+            setattr(args, key, Path(value) if key == "data_root" else value)
+    return args
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON keeps it."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Exit with main's status; an error of the user's is one line and status 2, a diverged run status 1."""
+    try:
+        sys.exit(main())
+    except (ValueError, TypeError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{Path(sys.argv[0]).name}: stopped: {error}; the last checkpoint is kept", file=sys.stderr)
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(path: Path, content: Any) -> None:
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """The record that makes a run repeatable: command, arguments, versions, commit, hardware."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "arguments": {key: plain(value) for key, value in vars(args).items()},
+        "command": sys.argv,
+        "commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+class Run:
+    """Follows the steps of a loop: bars, logs and metrics, a checkpoint an epoch, a clean stop on a signal."""
+
+    def __init__(self, args: argparse.Namespace, parts: dict[str, Any], steps_per_epoch: int):
+        self.args, self.parts, self.steps_per_epoch = args, parts, steps_per_epoch
+        self.rows: list[dict[str, float]] = []
+        self.step, self.carry = 0, None
+        self.sums = [0.0] * 5  # loss, accuracy, lr, steps' targets, seconds of this epoch
+        self.stop_signal = 0
+        self.checkpoint = args.out / "checkpoint.pth"
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.resume and self.checkpoint.exists():
+            self._load()
+        elif not args.resume:
+            record = {**vars(args), "resume": False}
+            content = json.dumps(provenance(argparse.Namespace(**record)), indent=1)
+            write_atomically(args.out / "args.json", content.encode())
+
+    def save(self) -> None:
+        save(self.checkpoint, {
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "rows": self.rows, "step": self.step, "carry": self.carry, "sums": self.sums,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        })
+
+    def _load(self) -> None:
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
+            raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
+        self.rows, self.step, self.carry, self.sums = (state[key] for key in ("rows", "step", "carry", "sums"))
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def follow(self, steps: Iterator[Any], metrics: Callable[[float, float], dict[str, float]],
+               at_epoch: Callable[[int], None] = lambda epoch: None) -> int:
+        """Take every step; return the exit status: 0, or 128 + the signal that stopped the run.
+
+        metrics maps the epoch's mean training loss and accuracy to a row's columns; at_epoch is called with the
+        number of the epoch that has ended, before its checkpoint.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        writer = SummaryWriter(str(self.args.out), purge_step=self.step + 1)
+        bar = tqdm(total=self.args.num_epoch * self.steps_per_epoch, initial=self.step, disable=None, leave=False)
+        begun = time.perf_counter()
+        try:
+            for step in steps:
+                self.step, self.carry = step.number, step.carry
+                for index, value in enumerate((step.loss, step.accuracy, step.lr)):
+                    self.sums[index] += value * step.size
+                self.sums[3] += step.size
+                writer.add_scalar("step/loss", step.loss, step.number)
+                writer.add_scalar("step/lr", step.lr, step.number)
+                bar.update()
+                bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.4f}", acc=f"{step.accuracy:.1f}")
+                if step.number % self.steps_per_epoch == 0:
+                    loss, accuracy, lr = (total / self.sums[3] for total in self.sums[:3])
+                    epoch = step.number // self.steps_per_epoch
+                    row = {"epoch": epoch, "lr": lr, **metrics(loss, accuracy)}
+                    row["seconds"] = round(self.sums[4] + time.perf_counter() - begun, 3)
+                    begun, self.sums = time.perf_counter(), [0.0] * 5
+                    self.rows.append(row)
+                    for name, value in row.items():
+                        writer.add_scalar(f"epoch/{name}", value, epoch)
+                    bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                    at_epoch(epoch)
+                    self._write_metrics()
+                    self.save()
+                if self.stop_signal:
+                    self.sums[4] += time.perf_counter() - begun
+                    self.save()
+                    bar.write(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
+                    return 128 + self.stop_signal
+        finally:
+            bar.close()
+            writer.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._write_metrics()
+        self._draw()
+        return 0
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    def _write_metrics(self) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(self.rows[0]))
+        table.writeheader()
+        table.writerows(self.rows)
+        write_atomically(self.args.out / "metrics.csv", text.getvalue().encode())
+
+    def _draw(self) -> None:
+        """run.png: training and test loss, accuracy and LR against epochs."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        epochs = [row["epoch"] for row in self.rows]
+        figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+        columns = (("loss", "loss (nats)"), ("acc", "accuracy (%)"))
+        for panel, (column, label) in zip(panels, columns, strict=False):
+            for split, style in (("train", "-"), ("test", "--")):
+                panel.plot(epochs, [row[f"{split}_{column}"] for row in self.rows], style, label=split)
+            panel.set(xlabel="epoch", ylabel=label)
+            panel.legend()
+        panels[2].plot(epochs, [row["lr"] for row in self.rows], "k-")
+        panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)", ylim=(0, None))
+        figure.suptitle(self.args.out.name)
+        figure.savefig(self.args.out / "run.png", dpi=120)
+        pyplot.close(figure)
