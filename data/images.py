@@ -1,0 +1,259 @@
+"""Image classification: the data sets, and the task that feeds them to the loop."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.transforms.functional import resize
+
+CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR100_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@dataclass
+class ImageData:
+    """A data set decoded: uint8 images (number, 3, height, width) and int64 labels (number,)."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, in 0 … 1
+    augment: bool  # random crop with padding 4, and random flip
+
+
+def _from_torchvision(name: str, make: Callable[[bool], Any], root: Path) -> list[Any]:
+    """The training and the test set, downloaded and checked by torchvision where they are not at hand."""
+    try:
+        return [make(True), make(False)]
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name}: not in {root} and not to be downloaded ({reason}); put it there, or try --dataset digits"
+        ) from None
+
+
+def _sized(images: Tensor, image_size: int | None) -> Tensor:
+    return images if image_size in (None, images.shape[-1]) else resize(images, [image_size, image_size])
+
+
+def _cifar(kind: Any, name: str, statistics: Any, root: Path, image_size: int | None) -> ImageData:
+    sets = _from_torchvision(name, lambda train: kind(root, train=train, download=True), root)
+    images = [_sized(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in sets]
+    labels = [torch.tensor(split.targets) for split in sets]
+    return ImageData(images[0], labels[0], images[1], labels[1], len(sets[0].classes), statistics, augment=True)
+
+
+def cifar10(root: Path, image_size: int | None, seed: int) -> ImageData:
+    return _cifar(torchvision.datasets.CIFAR10, "cifar10", CIFAR10_STATISTICS, root, image_size)
+
+
+def cifar100(root: Path, image_size: int | None, seed: int) -> ImageData:
+    return _cifar(torchvision.datasets.CIFAR100, "cifar100", CIFAR100_STATISTICS, root, image_size)
+
+
+def svhn(root: Path, image_size: int | None, seed: int) -> ImageData:
+    def make(train: bool) -> Any:
+        return torchvision.datasets.SVHN(str(root), split="train" if train else "test", download=True)
+
+    sets = _from_torchvision("svhn", make, root)
+    images = [_sized(torch.from_numpy(split.data), image_size) for split in sets]
+    labels = [torch.from_numpy(split.labels).long() for split in sets]
+    return ImageData(images[0], labels[0], images[1], labels[1], 10, HALF, augment=False)
+
+
+def folder(root: Path, image_size: int | None, seed: int) -> ImageData:
+    """root/train and root/test of class folders; without test, a fifth of train, class-balanced and seeded."""
+    size = image_size or 32
+
+    def decode(split: str) -> tuple[Tensor, Tensor, list[str]]:
+        try:
+            files = torchvision.datasets.ImageFolder(str(root / split))
+            images = [resize(torch.from_numpy(np.array(image)).permute(2, 0, 1), [size, size]) for image, _ in files]
+        except OSError as error:
+            hint = "expected folders train/CLASS and test/CLASS of images"
+            raise ValueError(f"{root / split}: {hint} ({str(error).splitlines()[0]})") from None
+        return torch.stack(images), torch.tensor(files.targets), files.classes
+
+    images, labels, classes = decode("train")
+    if (root / "test").is_dir():
+        test_images, test_labels, test_classes = decode("test")
+        if test_classes != classes:
+            raise ValueError(f"{root}: train and test have different class folders; make them the same")
+    else:
+        generator = generator_for(seed, 0)
+        test = balanced_sample(labels, torch.arange(len(labels)), max(1, len(labels) // 5), generator)
+        train = _without(len(labels), test)
+        images, labels, test_images, test_labels = images[train], labels[train], images[test], labels[test]
+    return ImageData(images, labels, test_images, test_labels, len(classes), CIFAR10_STATISTICS, augment=True)
+
+
+def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits of 8×8 pixels, 360 of them for the test; needs no download."""
+    images, labels = load_digits(return_X_y=True)
+    images = (torch.from_numpy(images) * (255 / 16)).round().byte().reshape(-1, 1, 8, 8).repeat(1, 3, 1, 1)
+    images, labels = _sized(images, image_size), torch.from_numpy(labels)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    return ImageData(images[train], labels[train], images[test], labels[test], 10, HALF, augment=False)
+
+
+# ---------------------------------------------------------------------------------------------- randomness and splits
+
+
+def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for every key, so that any step's randomness is known without the steps before."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def balanced_sample(labels: Tensor, candidates: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """`number` of the candidate indices, the classes as equal as they can be."""
+    shuffled = candidates[torch.randperm(len(candidates), generator=generator)]
+    rank = torch.empty(len(shuffled), dtype=torch.long)  # of each image within its class
+    for label in labels[shuffled].unique():
+        mine = labels[shuffled] == label
+        rank[mine] = torch.arange(int(mine.sum()))
+    return shuffled[rank.argsort(stable=True)[:number]].sort().values
+
+
+def _without(total: int, taken: Tensor) -> Tensor:
+    free = torch.ones(total, dtype=torch.bool)
+    free[taken] = False
+    return free.nonzero().squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------- the task
+
+
+class Batch(NamedTuple):
+    inputs: Tensor  # (batch, 3, height, width), normalised
+    targets: Tensor  # (batch,)
+
+
+class ImageTask:
+    """Image classification as the loop meets it; the data lie decoded on the device and are augmented there.
+
+    Meta images are class-balanced, seeded, and disjoint from the training images. Batches depend on the seed and the
+    step alone. Raises ValueError for sizes that the data set cannot give.
+    """
+
+    perplexity = False
+    clip: float | None = None
+
+    def __init__(
+        self,
+        data: ImageData,
+        *,
+        seed: int,
+        batch_size: int,
+        num_meta: int = 0,
+        limit_train: int | None = None,
+        limit_test: int | None = None,
+        device: torch.device,
+        autocast: Callable[[], Any] = contextlib.nullcontext,
+    ):
+        total = len(data.train_labels)
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size}: must be at least 1")
+        if not 0 <= num_meta < total:
+            raise ValueError(f"--num-meta {num_meta}: the training data hold {total} images; leave some to train on")
+        if limit_train is not None and not 1 <= limit_train <= total - num_meta:
+            raise ValueError(f"--limit-train {limit_train}: from 1 to {total - num_meta} images are left to train on")
+        if limit_test is not None and not 1 <= limit_test <= len(data.test_labels):
+            raise ValueError(f"--limit-test {limit_test}: from 1 to {len(data.test_labels)} test images are there")
+        generator = generator_for(seed, 1)
+        self.meta_indices = balanced_sample(data.train_labels, torch.arange(total), num_meta, generator)
+        rest = _without(total, self.meta_indices)
+        self.train_indices = rest
+        if limit_train is not None:
+            self.train_indices = balanced_sample(data.train_labels, rest, limit_train, generator)
+        tests = torch.arange(len(data.test_labels))
+        if limit_test is not None:
+            tests = balanced_sample(data.test_labels, tests, limit_test, generator_for(0, 2))
+        self.images = data.train_images.to(device)
+        self.labels = data.train_labels.to(device)
+        self.test_images, self.test_labels = data.test_images[tests].to(device), data.test_labels[tests].to(device)
+        self.num_classes, self.augment = data.num_classes, data.augment
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in data.statistics)
+        self.seed, self.batch_size, self.device, self.autocast = seed, batch_size, device, autocast
+        self.steps_per_epoch = -(-len(self.train_indices) // batch_size)
+
+    def train_batches(self, start: int) -> Iterator[Batch]:
+        """The endless stream of training batches from global step `start` on; every epoch has its own order."""
+        epoch, first = divmod(start, self.steps_per_epoch)
+        while True:
+            order = self._order(self.train_indices, 3, epoch)
+            for index in range(first, self.steps_per_epoch):
+                chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+                yield self._batch(chosen, generator_for(self.seed, 4, epoch, index, device=self.device))
+            epoch, first = epoch + 1, 0
+
+    def meta_batch(self, index: int) -> Batch:
+        """The index-th batch of the endless stream over the meta images."""
+        size = min(self.batch_size, len(self.meta_indices))
+        lap, place = divmod(index, len(self.meta_indices) // size)
+        chosen = self._order(self.meta_indices, 5, lap)[place * size : (place + 1) * size]
+        return self._batch(chosen, generator_for(self.seed, 6, index, device=self.device))
+
+    def loss(self, network: nn.Module, batch: Batch, carry: Any) -> tuple[Tensor, Tensor, Any]:
+        """Mean cross-entropy (0-d), the batch's accuracy in %, and the carry, of which images make no use."""
+        with self.autocast():
+            logits = network(batch.inputs)
+        accuracy = 100 * (logits.detach().argmax(1) == batch.targets).float().mean()
+        return functional.cross_entropy(logits.float(), batch.targets), accuracy, carry
+
+    @torch.no_grad()
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Mean loss and accuracy (%) over the test images; the network's mode is restored."""
+        training = network.training
+        network.eval()
+        loss = correct = 0.0
+        for images, labels in zip(self.test_images.split(500), self.test_labels.split(500), strict=True):
+            with self.autocast():
+                logits = network(self._normalised(images))
+            loss += functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+        network.train(training)
+        total = len(self.test_labels)
+        return {"test_loss": loss / total, "test_acc": 100 * correct / total}
+
+    def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:
+        """The epoch's training columns from its mean loss and accuracy (%)."""
+        return {"train_loss": loss, "train_acc": accuracy}
+
+    def _order(self, indices: Tensor, *key: int) -> Tensor:
+        return indices[torch.randperm(len(indices), generator=generator_for(self.seed, *key))].to(self.device)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _batch(self, chosen: Tensor, generator: torch.Generator) -> Batch:
+        images = self.images[chosen]
+        if self.augment:
+            images = random_crop_and_flip(images, generator)
+        return Batch(self._normalised(images), self.labels[chosen])
+
+
+def random_crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Each image (batch, 3, h, w) moved by up to `padding` pixels over black, and mirrored in half of the cases."""
+    number, _, height, width = images.shape
+    where: dict[str, Any] = {"generator": generator, "device": images.device}
+    down, right = torch.randint(2 * padding + 1, (2, number, 1), **where)
+    flip = torch.rand(number, 1, **where) < 0.5
+    columns = torch.arange(width, device=images.device).expand(number, width)
+    columns = right + torch.where(flip, width - 1 - columns, columns)  # (batch, width)
+    rows = down + torch.arange(height, device=images.device)  # (batch, height)
+    padded = functional.pad(images, (padding,) * 4)
+    first = torch.arange(number, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[first, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,26 @@
+"""The task networks; to add one: its file and a line in NETWORKS."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .resnet import resnet8, resnet20, small_stem
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet": small_stem("resnet18"),
+    "resnet34": small_stem("resnet34"),
+    "resnet50": small_stem("resnet50"),
+    "resnet101": small_stem("resnet101"),
+    "resnet152": small_stem("resnet152"),
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+}
+
+
+def build_network(name: str, num_classes: int) -> nn.Module:
+    """The network of that name for images (batch, 3, h, w). ValueError for an unknown name or too few classes."""
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r}: choose from {', '.join(NETWORKS)}")
+    if num_classes < 2:
+        raise ValueError(f"{num_classes} classes: need at least 2")
+    return NETWORKS[name](num_classes)

@@ -1,0 +1,109 @@
+"""Real runs of both scripts on the digits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+META_TRAIN, META_TEST = ROOT / "meta-train" / "meta-train.py", ROOT / "meta-test" / "meta-test.py"
+SMALL = ["--network", "resnet8", "--dataset", "digits", "--limit-train", "256", "--limit-test", "60",
+         "--batch-size", "64", "--num-epoch", "3", "--device", "cpu"]
+TRAIN = [*SMALL, "--num-meta", "100", "--t-val", "2"]
+
+
+def run(script, *arguments, cwd=ROOT):
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def results(folder):
+    """The metrics without their seconds, and the learned nets."""
+    rows = [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+    nets = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("mlr_snet_*.pth"))}
+    return rows, nets
+
+
+def same(one, other):
+    (rows, nets), (other_rows, other_nets) = one, other
+    assert rows == other_rows and nets.keys() == other_nets.keys()
+    for name, net in nets.items():
+        assert all(torch.equal(value, other_nets[name][key]) for key, value in net.items())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "reference"
+    done = run(META_TRAIN, *TRAIN, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_folder_holds_all_it_should(reference):
+    names = {path.name for path in reference.iterdir()}
+    assert {"args.json", "metrics.csv", "checkpoint.pth", "run.png", "mlr_snet_1.pth", "mlr_snet_3.pth"} <= names
+    header = (reference / "metrics.csv").read_text().splitlines()[0]
+    assert header == "epoch,lr,train_loss,train_acc,test_loss,test_acc,seconds"
+
+
+def test_the_same_seed_gives_the_same_run_from_the_scripts_own_folder(reference, tmp_path):
+    done = run("meta-train.py", *TRAIN, "--out", tmp_path / "again", cwd=META_TRAIN.parent)
+    assert done.returncode == 0, done.stderr
+    same(results(reference), results(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_to_the_same_end(reference, tmp_path, kill):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, str(META_TRAIN), *TRAIN, "--out", str(out)], cwd="/",
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not (out / "mlr_snet_1.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, kill)
+    process.communicate(timeout=60)
+    assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
+    done = run(META_TRAIN, "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
+    same(results(reference), results(out))
+
+
+@pytest.mark.parametrize("schedule", ["mlr-snet", "multistep"])
+def test_meta_test_runs_with_the_nets_of_a_run_and_with_a_baseline(reference, tmp_path, schedule):
+    done = run(META_TEST, *SMALL, "--schedule", schedule, "--nets", reference, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert len(results(tmp_path / "run")[0]) == 4
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--network", "nonsense"], ["--batch-size", "0"], ["--wd", "nan"], ["--gamma", "-1"], ["--num-meta", "100000"],
+    ["--lr", "inf"], ["--t-val", "0"],
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments):
+    done = run(META_TRAIN, "--network", "resnet8", "--dataset", "digits", *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "error:" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(reference):
+    before = (reference / "args.json").read_bytes()
+    done = run(META_TRAIN, *TRAIN, "--out", reference)
+    assert done.returncode == 2 and "--resume" in done.stderr
+    assert (reference / "args.json").read_bytes() == before
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(META_TRAIN, *TRAIN, "--out", tmp_path / "file")
+    assert done.returncode == 2 and "is a file" in done.stderr
+
+
+def test_resuming_with_other_arguments_is_refused(reference):
+    done = run(META_TRAIN, "--resume", "--out", reference, "--wd", "0.1")
+    assert done.returncode == 2 and "--wd" in done.stderr
