@@ -1,4 +1,4 @@
-"""torch.hub entry points: the net, and the scheduler with learned schedules."""
+"""torch.hub entry points: the net, and the scheduler around an optimizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +20,9 @@ def mlr_snet_lr(
     num_classes: int,
     num_epochs: int,
     steps_per_epoch: int,
-    nets: Sequence[str | Path] | None = None,
+    nets: Sequence[str | Path],
     **options: object,
 ) -> _mlr_snet.MLRSNetLR:
-    """The scheduler around an optimizer, with the nets of the given files (default: those in meta-test/)."""
-    schedules = _mlr_snet.load_schedules(nets or _mlr_snet.SHIPPED)
+    """The scheduler around an optimizer, with the nets of .pth files or of a meta-train run folder."""
+    schedules = _mlr_snet.load_schedules(nets)
     return _mlr_snet.MLRSNetLR(optimizer, schedules, num_classes, num_epochs, steps_per_epoch, **options)  # type: ignore

@@ -28,8 +28,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from utils import lr_ratios, set_lr
 
-SHIPPED = [Path(__file__).resolve().parent / "meta-test" / f"mlr_snet_{epoch}.pth" for epoch in (1, 100, 200)]
-
 # ---------------------------------------------------------------------------------------------- the net, A(·; θ)
 
 

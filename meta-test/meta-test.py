@@ -11,7 +11,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import SCHEDULES  # noqa: E402
 from data import DATASETS, build_task  # noqa: E402
-from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
+from mlr_snet import MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
 from models import NETWORKS, build_network  # noqa: E402
 from utils import (  # noqa: E402
     Run,
@@ -31,8 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="shufflenetv2", help="(default: shufflenetv2)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
     add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", help="(default: mlr-snet)")
-    add("--nets", type=Path, nargs="+", default=SHIPPED, metavar="FILE",
-        help="learned schedules that share the run in turn, or one folder of a meta-train run")
+    add("--nets", type=Path, nargs="+", metavar="FILE",
+        help="learned schedules that share the run in turn, or one folder of a meta-train run (mlr-snet needs them)")
     add("--lr", type=number(float, 0, above=True), default=0.1, help="initial rate of a baseline (default: 0.1)")
     add_run_arguments(parser)
     return parse_run_arguments(parser, SCRIPT, argv)
@@ -41,6 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
+    if args.schedule == "mlr-snet" and not args.nets:
+        raise ValueError("--schedule mlr-snet needs --nets: .pth files, or the folder of a meta-train run")
     nets = [net.to(device) for net in load_schedules(args.nets)] if args.schedule == "mlr-snet" else []
     task = build_task(
         args.dataset, args.data_root, image_size=args.image_size, seed=args.seed, batch_size=args.batch_size,

@@ -107,3 +107,17 @@ def test_an_out_that_is_a_file_is_refused(tmp_path):
 def test_resuming_with_other_arguments_is_refused(reference):
     done = run(META_TRAIN, "--resume", "--out", reference, "--wd", "0.1")
     assert done.returncode == 2 and "--wd" in done.stderr
+
+
+def test_a_learned_schedule_needs_its_nets(tmp_path):
+    done = run(META_TEST, *SMALL, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "--nets" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_torch_hub_gives_the_scheduler_and_the_net(reference):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 10, 3, 2, nets=[reference], source="local")
+    schedule.step(2.3)
+    assert 0 < schedule.get_last_lr()[0] < schedule.scale
+    net = torch.hub.load(str(ROOT), "mlr_snet", source="local")
+    assert sum(parameter.numel() for parameter in net.parameters()) == 11776
