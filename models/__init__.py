@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import nn
 
 from .resnet import resnet8, resnet20, small_stem
+from .shufflenetv2 import shufflenetv2
+from .wideresnet import wideresnet
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet": small_stem("resnet18"),
@@ -14,6 +16,8 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet152": small_stem("resnet152"),
     "resnet8": resnet8,
     "resnet20": resnet20,
+    "shufflenetv2": shufflenetv2,
+    "wideresnet": wideresnet,
 }
 
 

@@ -1,0 +1,34 @@
+"""WideResNet for 32×32 images. Source: Zagoruyko and Komodakis, "Wide Residual Networks", 2016."""
+
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """BatchNorm–ReLU–convolution twice, beside a shortcut that is a 1×1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.bn1(x).relu()
+        out = self.conv2(self.bn2(self.conv1(active)).relu())
+        return out + (x if self.shortcut is None else self.shortcut(active))
+
+
+def wideresnet(num_classes: int) -> nn.Module:
+    """WRN-28-10: images (batch, 3, h, w) -> logits (batch, classes)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+    channels = 16
+    for width, stride in ((160, 1), (320, 2), (640, 2)):
+        for index in range(4):
+            layers.append(Block(channels, width, stride if index == 0 else 1))
+            channels = width
+    head = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *head, nn.Linear(channels, num_classes))
