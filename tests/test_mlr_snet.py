@@ -123,7 +123,23 @@ def test_hypergradient_equals_central_differences_of_the_optimizers_own_step(nam
     assert slope.item() == pytest.approx((above - below) / (2 * width), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov"])
+def written_out_direction(name, group, state, parameter, gradient):
+    """d_t from the optimizer's equations, differentiable."""
+    decayed = gradient + group["weight_decay"] * parameter
+    if name in ("sgd", "momentum", "nesterov"):
+        if not group["momentum"]:
+            return decayed
+        velocity = group["momentum"] * state["momentum_buffer"] + (1 - group["dampening"]) * decayed
+        return decayed + group["momentum"] * velocity if group["nesterov"] else velocity
+    gradient = gradient if name == "adamw" else decayed
+    (beta1, beta2), step = group["betas"], state["step"].item() + 1
+    mean = (beta1 * state["exp_avg"] + (1 - beta1) * gradient) / (1 - beta1**step)
+    square = (beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient**2) / (1 - beta2**step)
+    direction = mean / (square.sqrt() + group["eps"])
+    return direction + group["weight_decay"] * parameter if name == "adamw" else direction
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_hypergradient_equals_autograd_through_the_lookahead(name):
     network, optimizer = trained(OPTIMIZERS[name])
     slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
@@ -135,13 +151,8 @@ def test_hypergradient_equals_autograd_through_the_lookahead(name):
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     group, ahead = optimizer.param_groups[0], {}
     for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        direction = decayed = gradient + group["weight_decay"] * parameter
-        if group["momentum"]:
-            velocity = optimizer.state[parameter]["momentum_buffer"]
-            direction = group["momentum"] * velocity + (1 - group["dampening"]) * decayed
-        if group["nesterov"]:
-            direction = decayed + group["momentum"] * direction
-        ahead[key] = parameter - lr * direction
+        state = optimizer.state[parameter]
+        ahead[key] = parameter - lr * written_out_direction(name, group, state, parameter, gradient)
     images, labels = batch(99)
     nn.functional.cross_entropy(functional_call(network, {**ahead, **buffers}, (images,)), labels).backward()
     assert slope.item() == pytest.approx(lr.grad.item(), rel=1e-8)
@@ -212,7 +223,6 @@ def test_theta_moves_along_the_total_derivative_of_the_meta_loss():
     network, optimizer = trained(OPTIMIZERS["sgd"])
     net = MLRSNet(6).double()
     schedule = MetaMLRSNetLR(optimizer, net, network, ToyTask(), 1, t_val=1, weight_decay=0.0)
-    slope_by_hand = {}
     loss = torch.tensor(1.3, dtype=torch.float64)
     fraction, _ = net(loss, net.initial_state())
     scale = lr_scale(1.3, 4)
