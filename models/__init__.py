@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .densenet import densenet121
+from .mobilenetv2 import mobilenetv2
+from .nasnet import nasnet
 from .resnet import resnet8, resnet20, small_stem
 from .shufflenetv2 import shufflenetv2
 from .wideresnet import wideresnet
@@ -18,6 +21,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": resnet20,
     "shufflenetv2": shufflenetv2,
     "wideresnet": wideresnet,
+    "mobilenetv2": mobilenetv2,
+    "nasnet": nasnet,
+    "densenet121": densenet121,
 }
 
 
