@@ -20,9 +20,9 @@ def mlr_snet_lr(
     num_classes: int,
     num_epochs: int,
     steps_per_epoch: int,
-    nets: Sequence[str | Path],
+    nets: Sequence[str | Path] | None = None,
     **options: object,
 ) -> _mlr_snet.MLRSNetLR:
-    """The scheduler around an optimizer, with the nets of .pth files or of a meta-train run folder."""
-    schedules = _mlr_snet.load_schedules(nets)
+    """The scheduler around an optimizer, with the nets of .pth files or of a run folder (default: the shipped)."""
+    schedules = _mlr_snet.load_schedules(nets or _mlr_snet.SHIPPED)
     return _mlr_snet.MLRSNetLR(optimizer, schedules, num_classes, num_epochs, steps_per_epoch, **options)  # type: ignore

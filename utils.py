@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+NO_TOTALS = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}  # of an epoch that begins
 
 # ---------------------------------------------------------------------------------------------- learning rates
 
@@ -143,16 +147,14 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def run_script(main: Callable[[], int]) -> None:
-    """Exit with main's status; an error of the user's is one line and status 2, a diverged run status 1."""
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2."""
     try:
-        sys.exit(main())
-    except (ValueError, TypeError) as error:
+        yield
+    except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        print(f"{Path(sys.argv[0]).name}: stopped: {error}; the last checkpoint is kept", file=sys.stderr)
-        sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -175,6 +177,14 @@ def save(path: Path, content: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def read_text(path: str | Path) -> str:
+    """The file's text, or nothing where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """The record that makes a run repeatable: command, arguments, versions, commit, hardware."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -183,12 +193,13 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))), platform.processor())
     return {
         "arguments": {key: plain(value) for key, value in vars(args).items()},
         "command": sys.argv,
         "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
     }
 
 
@@ -196,30 +207,83 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Run:
-    """Follows the steps of a loop: bars, logs and metrics, a checkpoint an epoch, a clean stop on a signal."""
+    """Follows the steps of a loop: bars, logs and metrics, a checkpoint an epoch, a clean stop on a signal.
+
+    parts are the things with a state_dict. With args.resume they are brought back from the folder's checkpoint, and
+    `step` and `carry` say where the loop has to continue. Raises ValueError for a checkpoint of something else.
+    """
 
     def __init__(self, args: argparse.Namespace, parts: dict[str, Any], steps_per_epoch: int):
         self.args, self.parts, self.steps_per_epoch = args, parts, steps_per_epoch
-        self.rows: list[dict[str, float]] = []
         self.step, self.carry = 0, None
-        self.sums = [0.0] * 5  # loss, accuracy, lr, steps' targets, seconds of this epoch
+        self.rows: list[dict[str, float]] = []
+        self.totals = dict(NO_TOTALS)
         self.stop_signal = 0
         self.checkpoint = args.out / "checkpoint.pth"
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.resume and self.checkpoint.exists():
+        if not args.resume:
+            write_atomically(args.out / "args.json", json.dumps(provenance(args), indent=1).encode())
+        elif self.checkpoint.exists():
             self._load()
-        elif not args.resume:
-            record = {**vars(args), "resume": False}
-            content = json.dumps(provenance(argparse.Namespace(**record)), indent=1)
-            write_atomically(args.out / "args.json", content.encode())
+
+    def follow(
+        self,
+        steps: Iterator[Any],
+        metrics: Callable[[float, float], dict[str, float]],
+        at_epoch: Callable[[int], None] = lambda epoch: None,
+    ) -> int:
+        """Take every step; return the exit status: 0, 1 where it diverged, 128 + the signal that stopped it.
+
+        metrics maps the epoch's mean training loss and accuracy to a row's columns; at_epoch is called with the
+        number of the epoch that has ended, before its checkpoint.
+        """
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        writer = SummaryWriter(str(self.args.out), purge_step=self.step + 1)
+        bar = tqdm(total=self.args.num_epoch * self.steps_per_epoch, initial=self.step, disable=None, leave=False)
+        self.clock = time.perf_counter()
+        try:
+            for step in steps:
+                self.step, self.carry = step.number, step.carry
+                for name in ("loss", "accuracy", "lr"):
+                    self.totals[name] += getattr(step, name) * step.size
+                self.totals["size"] += step.size
+                writer.add_scalar("step/loss", step.loss, step.number)
+                writer.add_scalar("step/lr", step.lr, step.number)
+                bar.update()
+                bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.4f}", acc=f"{step.accuracy:.1f}")
+                if step.number % self.steps_per_epoch == 0:
+                    row = self._end_epoch(step.number // self.steps_per_epoch, metrics)
+                    for name, value in row.items():
+                        writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+                    bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                    at_epoch(int(row["epoch"]))
+                    self._write_metrics()
+                    self.save()
+                if self.stop_signal:
+                    self._lap()
+                    self.save()
+                    bar.write(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
+                    return 128 + self.stop_signal
+        except FloatingPointError as error:
+            last = f"the checkpoint of step {self.rows[-1]['epoch'] * self.steps_per_epoch}" if self.rows else "none"
+            bar.write(f"diverged: {error}; last good checkpoint: {last}", file=sys.stderr)
+            return 1
+        finally:
+            bar.close()
+            writer.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self._write_metrics()
+        self._draw()
+        return 0
 
     def save(self) -> None:
-        save(self.checkpoint, {
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "rows": self.rows, "step": self.step, "carry": self.carry, "sums": self.sums,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        })
+        """Write the checkpoint: all that continuing needs, to the bit."""
+        state = {name: getattr(self, name) for name in ("step", "carry", "rows", "totals")}
+        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        save(self.checkpoint, state)
 
     def _load(self) -> None:
         try:
@@ -228,61 +292,26 @@ class Run:
                 part.load_state_dict(state["parts"][name])
         except Exception as error:  # a damaged file fails in many ways; each ends in this one line
             raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
-        self.rows, self.step, self.carry, self.sums = (state[key] for key in ("rows", "step", "carry", "sums"))
+        for name in ("step", "carry", "rows", "totals"):
+            setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
+        if state["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
 
-    def follow(self, steps: Iterator[Any], metrics: Callable[[float, float], dict[str, float]],
-               at_epoch: Callable[[int], None] = lambda epoch: None) -> int:
-        """Take every step; return the exit status: 0, or 128 + the signal that stopped the run.
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        self.totals["seconds"] += now - self.clock
+        self.clock = now
 
-        metrics maps the epoch's mean training loss and accuracy to a row's columns; at_epoch is called with the
-        number of the epoch that has ended, before its checkpoint.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        writer = SummaryWriter(str(self.args.out), purge_step=self.step + 1)
-        bar = tqdm(total=self.args.num_epoch * self.steps_per_epoch, initial=self.step, disable=None, leave=False)
-        begun = time.perf_counter()
-        try:
-            for step in steps:
-                self.step, self.carry = step.number, step.carry
-                for index, value in enumerate((step.loss, step.accuracy, step.lr)):
-                    self.sums[index] += value * step.size
-                self.sums[3] += step.size
-                writer.add_scalar("step/loss", step.loss, step.number)
-                writer.add_scalar("step/lr", step.lr, step.number)
-                bar.update()
-                bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.4f}", acc=f"{step.accuracy:.1f}")
-                if step.number % self.steps_per_epoch == 0:
-                    loss, accuracy, lr = (total / self.sums[3] for total in self.sums[:3])
-                    epoch = step.number // self.steps_per_epoch
-                    row = {"epoch": epoch, "lr": lr, **metrics(loss, accuracy)}
-                    row["seconds"] = round(self.sums[4] + time.perf_counter() - begun, 3)
-                    begun, self.sums = time.perf_counter(), [0.0] * 5
-                    self.rows.append(row)
-                    for name, value in row.items():
-                        writer.add_scalar(f"epoch/{name}", value, epoch)
-                    bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-                    at_epoch(epoch)
-                    self._write_metrics()
-                    self.save()
-                if self.stop_signal:
-                    self.sums[4] += time.perf_counter() - begun
-                    self.save()
-                    bar.write(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
-                    return 128 + self.stop_signal
-        finally:
-            bar.close()
-            writer.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        self._write_metrics()
-        self._draw()
-        return 0
+    def _end_epoch(self, epoch: int, metrics: Callable[[float, float], dict[str, float]]) -> dict[str, float]:
+        """The epoch's row of metrics.csv; the totals begin anew."""
+        loss, accuracy, lr = (self.totals[name] / self.totals["size"] for name in ("loss", "accuracy", "lr"))
+        row = {"epoch": epoch, "lr": lr, **metrics(loss, accuracy)}
+        self._lap()
+        row["seconds"] = round(self.totals["seconds"], 3)
+        self.rows.append(row)
+        self.totals = dict(NO_TOTALS)
+        return row
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stop_signal = number

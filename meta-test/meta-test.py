@@ -11,7 +11,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import SCHEDULES  # noqa: E402
 from data import DATASETS, build_task  # noqa: E402
-from mlr_snet import MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
+from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
 from models import NETWORKS, build_network  # noqa: E402
 from utils import (  # noqa: E402
     Run,
@@ -21,7 +21,7 @@ from utils import (  # noqa: E402
     number,
     parse_run_arguments,
     pick_device,
-    run_script,
+    user_errors,
 )
 
 
@@ -31,8 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="shufflenetv2", help="(default: shufflenetv2)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
     add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", help="(default: mlr-snet)")
-    add("--nets", type=Path, nargs="+", metavar="FILE",
-        help="learned schedules that share the run in turn, or one folder of a meta-train run (mlr-snet needs them)")
+    add("--nets", type=Path, nargs="+", default=SHIPPED, metavar="FILE",
+        help="learned schedules that share the run in turn, or one folder of a meta-train run (default: the three "
+        "that lie beside this script)")
     add("--lr", type=number(float, 0, above=True), default=0.1, help="initial rate of a baseline (default: 0.1)")
     add_run_arguments(parser)
     return parse_run_arguments(parser, SCRIPT, argv)
@@ -40,27 +41,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device = pick_device(args.device)
-    if args.schedule == "mlr-snet" and not args.nets:
-        raise ValueError("--schedule mlr-snet needs --nets: .pth files, or the folder of a meta-train run")
-    nets = [net.to(device) for net in load_schedules(args.nets)] if args.schedule == "mlr-snet" else []
-    task = build_task(
-        args.dataset, args.data_root, image_size=args.image_size, seed=args.seed, batch_size=args.batch_size,
-        limit_train=args.limit_train, limit_test=args.limit_test, device=device,
-        autocast=autocast(device, args.precision),
-    )
-    torch.manual_seed(args.seed)
-    network = build_network(args.network, task.num_classes).to(device, memory_format=torch.channels_last)
-    if args.compile:
-        network.compile()
-    optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.momentum, args.wd)
-    schedule: Schedule
-    if args.schedule == "mlr-snet":
-        schedule = MLRSNetLR(optimizer, nets, task.num_classes, args.num_epoch, task.steps_per_epoch, args.gamma)
-    else:
-        schedule = SCHEDULES[args.schedule](optimizer, args.num_epoch, task.steps_per_epoch)
-
-    run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
+    with user_errors():
+        device = pick_device(args.device)
+        nets = load_schedules(args.nets) if args.schedule == "mlr-snet" else []
+        task = build_task(
+            args.dataset, args.data_root, image_size=args.image_size, seed=args.seed, batch_size=args.batch_size,
+            limit_train=args.limit_train, limit_test=args.limit_test, device=device,
+            autocast=autocast(device, args.precision),
+        )
+        torch.manual_seed(args.seed)
+        network = build_network(args.network, task.num_classes).to(device).to(memory_format=torch.channels_last)
+        if args.compile:
+            network.compile()
+        optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.momentum, args.wd)
+        schedule: Schedule
+        if args.schedule == "mlr-snet":
+            nets = [net.to(device) for net in nets]
+            schedule = MLRSNetLR(optimizer, nets, task.num_classes, args.num_epoch, task.steps_per_epoch, args.gamma)
+        else:
+            schedule = SCHEDULES[args.schedule](optimizer, args.num_epoch, task.steps_per_epoch)
+        run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
     return run.follow(
         train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry),
         lambda loss, accuracy: task.train_metrics(loss, accuracy) | task.evaluate(network),
@@ -68,4 +68,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main())

@@ -21,8 +21,8 @@ from utils import (  # noqa: E402
     number_or_auto,
     parse_run_arguments,
     pick_device,
-    run_script,
     save,
+    user_errors,
 )
 
 
@@ -43,22 +43,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device = pick_device(args.device)
-    task = build_task(
-        args.dataset, args.data_root, image_size=args.image_size, seed=args.seed, batch_size=args.batch_size,
-        num_meta=args.num_meta, limit_train=args.limit_train, limit_test=args.limit_test, device=device,
-        autocast=autocast(device, args.precision),
-    )
-    torch.manual_seed(args.seed)
-    network = build_network(args.network, task.num_classes).to(device, memory_format=torch.channels_last)
-    net = MLRSNet(args.hidden_size, args.num_layers).to(device)
-    if args.compile:
-        network.compile()
-    optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-    t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
-    schedule = MetaMLRSNetLR(optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma)
-
-    run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
+    with user_errors():
+        device = pick_device(args.device)
+        task = build_task(
+            args.dataset, args.data_root, image_size=args.image_size, seed=args.seed, batch_size=args.batch_size,
+            num_meta=args.num_meta, limit_train=args.limit_train, limit_test=args.limit_test, device=device,
+            autocast=autocast(device, args.precision),
+        )
+        torch.manual_seed(args.seed)
+        network = build_network(args.network, task.num_classes).to(device).to(memory_format=torch.channels_last)
+        net = MLRSNet(args.hidden_size, args.num_layers).to(device)
+        if args.compile:
+            network.compile()
+        optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
+        t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
+        schedule = MetaMLRSNetLR(optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma)
+        run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
     return run.follow(
         train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry),
         lambda loss, accuracy: task.train_metrics(loss, accuracy) | task.evaluate(network),
@@ -67,4 +67,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main())

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient, load_schedule, lr_scale, train
+from mlr_snet import (
+    SHIPPED,
+    MetaMLRSNetLR,
+    MLRSNet,
+    MLRSNetLR,
+    hypergradient,
+    load_schedule,
+    load_schedules,
+    lr_scale,
+    train,
+)
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden.json").read_text())
@@ -273,3 +283,29 @@ def test_a_loss_that_is_not_finite_stops_the_loop_and_names_the_step():
     schedule = MLRSNetLR(optimizer, [MLRSNet()], 4, 1, 3)
     with pytest.raises(FloatingPointError, match="step 1"):
         next(train(network, ToyTask(), optimizer, schedule, 1))
+
+
+def test_the_shipped_schedules_fall_over_the_run():
+    """At the settled state the fraction of the LR scale falls from one net to the next, as their run's rate did."""
+    settled = []
+    for net in load_schedules(SHIPPED):
+        state = net.initial_state()
+        for _ in range(200):
+            fraction, state = net(torch.tensor(1.0), state)
+        settled.append(fraction.item())
+    assert settled == sorted(settled, reverse=True) and settled[0] > 2 * settled[2]
+
+
+def test_a_scheduler_resumes_to_the_bit():
+    def make():
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return MLRSNetLR(optimizer, [MLRSNet(), MLRSNet()], 10, num_epochs=4, steps_per_epoch=3)
+
+    losses = [2.3 * 0.9**step for step in range(12)]
+    whole, first, second = make(), make(), make()
+    expected = [(whole.step(loss), whole.get_last_lr())[1] for loss in losses]
+    for loss in losses[:5]:
+        first.step(loss)
+    second.load_state_dict(first.state_dict())
+    assert [(second.step(loss), second.get_last_lr())[1] for loss in losses[5:]] == expected[5:]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 META_TRAIN, META_TEST = ROOT / "meta-train" / "meta-train.py", ROOT / "meta-test" / "meta-test.py"
 SMALL = ["--network", "resnet8", "--dataset", "digits", "--limit-train", "256", "--limit-test", "60",
          "--batch-size", "64", "--num-epoch", "3", "--device", "cpu"]
-TRAIN = [*SMALL, "--num-meta", "100", "--t-val", "2"]
+TRAIN = [*SMALL, "--num-meta", "100", "--t-val", "2", "--momentum", "0.5"]
 
 
 def run(script, *arguments, cwd=ROOT):
@@ -73,9 +73,10 @@ def test_a_killed_run_resumes_to_the_same_end(reference, tmp_path, kill):
     same(results(reference), results(out))
 
 
-@pytest.mark.parametrize("schedule", ["mlr-snet", "multistep"])
-def test_meta_test_runs_with_the_nets_of_a_run_and_with_a_baseline(reference, tmp_path, schedule):
-    done = run(META_TEST, *SMALL, "--schedule", schedule, "--nets", reference, "--out", tmp_path / "run")
+@pytest.mark.parametrize("schedule", ["shipped", "learned", "multistep"])
+def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_a_baseline(reference, tmp_path, schedule):
+    choice = {"shipped": [], "learned": ["--nets", reference], "multistep": ["--schedule", "multistep"]}[schedule]
+    done = run(META_TEST, *SMALL, *choice, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert len(results(tmp_path / "run")[0]) == 4
 
@@ -109,14 +110,22 @@ def test_resuming_with_other_arguments_is_refused(reference):
     assert done.returncode == 2 and "--wd" in done.stderr
 
 
-def test_a_learned_schedule_needs_its_nets(tmp_path):
-    done = run(META_TEST, *SMALL, "--out", tmp_path / "run")
-    assert done.returncode == 2 and "--nets" in done.stderr and "Traceback" not in done.stderr
+def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path):
+    done = run(META_TEST, *SMALL, "--schedule", "fixed", "--lr", "1e30", "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "step 2" in done.stderr and "1e+30" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_torch_hub_gives_the_scheduler_and_the_net(reference):
+@pytest.mark.parametrize("nets", ["missing.pth", "."])
+def test_nets_that_are_not_there_are_one_line_and_status_2(tmp_path, nets):
+    done = run(META_TEST, *SMALL, "--nets", tmp_path / nets, "--out", tmp_path / "run")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_torch_hub_gives_the_scheduler_and_the_net():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 10, 3, 2, nets=[reference], source="local")
+    schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 10, 3, 2, source="local")
     schedule.step(2.3)
     assert 0 < schedule.get_last_lr()[0] < schedule.scale
     net = torch.hub.load(str(ROOT), "mlr_snet", source="local")
