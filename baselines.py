@@ -1,10 +1,11 @@
-"""The schedules that MLR-SNet is compared with: closed forms of the time in epochs.
+"""The schedules that MLR-SNet is compared with: closed forms of the time in epochs, and the val strategy.
 
 Each scales the optimizer's initial rate and is stepped like MLRSNetLR: step(loss) between backward() and
 optimizer.step().
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -72,10 +73,40 @@ class SGDR(Fixed):
         return (1 + math.cos(math.pi * epoch / period)) / 2
 
 
+class Val(Fixed):
+    """÷4 whenever an epoch has not lowered the validation loss. Source: PyTorch's word_language_model example.
+
+    validate gives the validation loss of the network as it stands.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int, validate: Callable[[], float]
+    ):
+        super().__init__(optimizer, num_epochs, steps_per_epoch)
+        self.validate, self.best, self.shrunk = validate, math.inf, 1.0
+
+    def factor(self, epoch: float) -> float:
+        if epoch.is_integer() and epoch > 0:
+            loss = self.validate()
+            if loss < self.best:
+                self.best = loss
+            else:
+                self.shrunk /= 4
+        return self.shrunk
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best": self.best, "shrunk": self.shrunk}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.best, self.shrunk = state["best"], state["shrunk"]
+
+
 SCHEDULES = {
     "fixed": Fixed,
     "multistep": Multistep,
     "exponential": Exponential,
     "cosine": Cosine,
     "sgdr": SGDR,
+    "val": Val,
 }

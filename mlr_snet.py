@@ -334,10 +334,16 @@ class MLRSNetLR:
                 self.phase = phase
                 # Deviation: the authors pass over the whole training set for L; the losses at hand serve as well.
                 mean = self.epoch_loss / self.steps_per_epoch if epoch else loss
-                level = math.exp(mean) if self.perplexity else mean
-                self.scale = lr_scale(level, self.num_classes) if self.gamma == "auto" else float(self.gamma)
+                self.scale = self._auto_scale(mean) if self.gamma == "auto" else float(self.gamma)
             self.epoch_loss = 0.0
         self.epoch_loss += loss
+
+
+    def _auto_scale(self, loss: float) -> float:
+        if self.perplexity and loss > 100:
+            raise FloatingPointError(f"the loss is {loss:.3g} nats at step {self.num_steps + 1}, beyond a perplexity")
+        level = math.exp(loss) if self.perplexity else max(loss, 1e-30)  # a loss of 0 leaves nothing to learn
+        return lr_scale(level, self.num_classes)
 
 
 class MetaMLRSNetLR(MLRSNetLR):
@@ -409,7 +415,7 @@ class Task(Protocol):
     clip: float | None  # the largest norm of the gradient
 
     def train_batches(self, start: int) -> Iterator[Any]:
-        """The endless stream of batches from global step `start` on; the same for the same seed."""
+        """The endless stream of batches, each with its number of targets, `size`, from global step `start` on."""
 
     def meta_batch(self, index: int) -> Any:
         """The index-th batch of the meta stream."""
@@ -419,6 +425,9 @@ class Task(Protocol):
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """The test metrics by name."""
+
+    def validate(self, network: nn.Module) -> float:
+        """The mean loss over the meta data."""
 
 
 class Schedule(Protocol):
@@ -432,7 +441,7 @@ class Schedule(Protocol):
 
 @dataclass
 class Step:
-    """What one step of the loop reports: `number` counts from 1, `size` is the number of targets."""
+    """What one step of the loop reports: `number` counts from 1, accuracy is in %, `size` is the number of targets."""
 
     number: int
     loss: float
@@ -471,4 +480,4 @@ def train(
         if not math.isfinite(lr):
             raise FloatingPointError(f"the LR is {lr} at step {number + 1}, at loss {value}")
         optimizer.step()
-        yield Step(number + 1, value, float(accuracy), lr, batch.targets.numel(), carry)
+        yield Step(number + 1, value, float(accuracy), lr, batch.size, carry)

@@ -90,56 +90,6 @@ def number_or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == "auto" else parse(text)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that meta-train and meta-test share."""
-    add = parser.add_argument
-    positive = number(int, 1)
-    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive, default=200, help="epochs (default: 200)")
-    add("--batch-size", "--batch_size", type=positive, default=128, help="images a step (default: 128)")
-    add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
-    add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
-    add("--wd", type=number(float, 0), default=5e-4, help="weight decay of the network (default: 5e-4)")
-    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
-        help="LR scale, the largest rate MLR-SNet can give; for adam a number near 1e-3 is wise (default: auto)")
-    add("--data-root", type=Path, default=ROOT / "data" / "downloads", help="where the data lies or is downloaded to")
-    add("--image-size", type=positive, help="resize images to this many pixels (default: 32 for folder)")
-    add("--limit-train", type=positive, metavar="N", help="train on N class-balanced images (default: all)")
-    add("--limit-test", type=positive, metavar="N", help="test on N class-balanced images (default: all)")
-    add("--out", type=Path, help="the run's folder (default: result/<network>_<dataset> beside the script)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, data order and meta set (default: 0)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
-    add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--resume", action="store_true", help="continue the run that lies in --out, with its own arguments")
-
-
-def parse_run_arguments(parser: argparse.ArgumentParser, script: Path, argv: list[str] | None) -> argparse.Namespace:
-    """Parse, settle --out, and on --resume bring back the run's own arguments; other values than those are refused."""
-    args = parser.parse_args(argv)
-    args.out = args.out or script.parent / "result" / f"{args.network}_{args.dataset}"
-    args.out = args.out.absolute()
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file; give a folder")
-    record = args.out / "args.json"
-    if not args.resume:
-        if record.exists():
-            parser.error(f"--out {args.out} holds another run; continue it with --resume or give another --out")
-        return args
-    try:
-        stored = json.loads(record.read_text())["arguments"]
-    except (OSError, ValueError, KeyError):
-        parser.error(f"--resume: no run in {args.out} (no readable args.json)")
-    given = {key: plain(value) for key, value in vars(args).items() if value != parser.get_default(key)}
-    for key, value in given.items():
-        if key not in ("resume", "out") and stored.get(key) != value:
-            flag = key.replace("_", "-")
-            parser.error(f"--resume continues with the run's own --{flag} {stored.get(key)}; leave --{flag} out")
-    for key, value in stored.items():
-        if key not in ("resume", "out"):
-            setattr(args, key, Path(value) if key == "data_root" else value)
-    return args
-
-
 def plain(value: Any) -> Any:
     """The value as JSON keeps it."""
     if isinstance(value, Path):
@@ -325,7 +275,7 @@ class Run:
         write_atomically(self.args.out / "metrics.csv", text.getvalue().encode())
 
     def _draw(self) -> None:
-        """run.png: training and test loss, accuracy and LR against epochs."""
+        """run.png: training and test loss, accuracy or perplexity, and LR against epochs."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -333,7 +283,8 @@ class Run:
 
         epochs = [row["epoch"] for row in self.rows]
         figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-        columns = (("loss", "loss (nats)"), ("acc", "accuracy (%)"))
+        metric = ("acc", "accuracy (%)") if "test_acc" in self.rows[0] else ("ppl", "perplexity")
+        columns = (("loss", "loss (nats)"), metric)
         for panel, (column, label) in zip(panels, columns, strict=False):
             for split, style in (("train", "-"), ("test", "--")):
                 panel.plot(epochs, [row[f"{split}_{column}"] for row in self.rows], style, label=split)

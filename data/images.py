@@ -140,6 +140,10 @@ class Batch(NamedTuple):
     inputs: Tensor  # (batch, 3, height, width), normalised
     targets: Tensor  # (batch,)
 
+    @property
+    def size(self) -> int:
+        return len(self.targets)
+
 
 class ImageTask:
     """Image classification as the loop meets it; the data lie decoded on the device and are augmented there.
@@ -213,24 +217,33 @@ class ImageTask:
         accuracy = 100 * (logits.detach().argmax(1) == batch.targets).float().mean()
         return functional.cross_entropy(logits.float(), batch.targets), accuracy, carry
 
-    @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Mean loss and accuracy (%) over the test images; the network's mode is restored."""
-        training = network.training
-        network.eval()
-        loss = correct = 0.0
-        for images, labels in zip(self.test_images.split(500), self.test_labels.split(500), strict=True):
-            with self.autocast():
-                logits = network(self._normalised(images))
-            loss += functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-            correct += (logits.argmax(1) == labels).sum().item()
-        network.train(training)
-        total = len(self.test_labels)
-        return {"test_loss": loss / total, "test_acc": 100 * correct / total}
+        loss, accuracy = self._measure(network, self.test_images, self.test_labels)
+        return {"test_loss": loss, "test_acc": accuracy}
+
+    def validate(self, network: nn.Module) -> float:
+        """Mean loss over the meta images, without augmentation. ValueError where there are none."""
+        if not len(self.meta_indices):
+            raise ValueError("no meta images to validate on; set some aside with num_meta")
+        return self._measure(network, self.images[self.meta_indices], self.labels[self.meta_indices])[0]
 
     def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """The epoch's training columns from its mean loss and accuracy (%)."""
         return {"train_loss": loss, "train_acc": accuracy}
+
+    @torch.no_grad()
+    def _measure(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        training = network.training
+        network.eval()
+        loss = correct = 0.0
+        for inputs, targets in zip(images.split(500), labels.split(500), strict=True):
+            with self.autocast():
+                logits = network(self._normalised(inputs))
+            loss += functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+            correct += (logits.argmax(1) == targets).sum().item()
+        network.train(training)
+        return loss / len(labels), 100 * correct / len(labels)
 
     def _order(self, indices: Tensor, *key: int) -> Tensor:
         return indices[torch.randperm(len(indices), generator=generator_for(self.seed, *key))].to(self.device)

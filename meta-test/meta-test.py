@@ -4,25 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import SCHEDULES  # noqa: E402
-from data import DATASETS, build_task  # noqa: E402
+from baselines import SCHEDULES, Val  # noqa: E402
+from data import DATASETS, IMAGES  # noqa: E402
+from experiment import add_run_arguments, build, parse_run_arguments  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
-from models import NETWORKS, build_network  # noqa: E402
-from utils import (  # noqa: E402
-    Run,
-    add_run_arguments,
-    autocast,
-    build_optimizer,
-    number,
-    parse_run_arguments,
-    pick_device,
-    user_errors,
-)
+from models import NETWORKS  # noqa: E402
+from utils import Run, number, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,30 +26,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "that lie beside this script)")
     add("--lr", type=number(float, 0, above=True), default=0.1, help="initial rate of a baseline (default: 0.1)")
     add_run_arguments(parser)
-    return parse_run_arguments(parser, SCRIPT, argv)
+    args = parse_run_arguments(parser, SCRIPT, argv)
+    if args.schedule == "val" and args.dataset in IMAGES and not args.num_meta:
+        parser.error("--schedule val needs images to validate on; set some aside with --num-meta 1000")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
-        device = pick_device(args.device)
         nets = load_schedules(args.nets) if args.schedule == "mlr-snet" else []
-        task = build_task(
-            args.dataset, args.data_root, image_size=args.image_size, seed=args.seed, batch_size=args.batch_size,
-            limit_train=args.limit_train, limit_test=args.limit_test, device=device,
-            autocast=autocast(device, args.precision),
-        )
-        torch.manual_seed(args.seed)
-        network = build_network(args.network, task.num_classes).to(device).to(memory_format=torch.channels_last)
-        if args.compile:
-            network.compile()
-        optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.momentum, args.wd)
+        task, network, optimizer = build(args, args.lr)
+        timing = (args.num_epoch, task.steps_per_epoch)
         schedule: Schedule
         if args.schedule == "mlr-snet":
-            nets = [net.to(device) for net in nets]
-            schedule = MLRSNetLR(optimizer, nets, task.num_classes, args.num_epoch, task.steps_per_epoch, args.gamma)
+            nets = [net.to(next(network.parameters()).device) for net in nets]
+            schedule = MLRSNetLR(optimizer, nets, task.num_classes, *timing, args.gamma, task.perplexity)
+        elif args.schedule == "val":
+            schedule = Val(optimizer, *timing, validate=lambda: task.validate(network))
         else:
-            schedule = SCHEDULES[args.schedule](optimizer, args.num_epoch, task.steps_per_epoch)
+            schedule = SCHEDULES[args.schedule](optimizer, *timing)
         run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
     return run.follow(
         train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry),

@@ -1,17 +1,19 @@
-"""The task networks; to add one: its file and a line in NETWORKS."""
+"""The task networks; to add one: its file and a line in IMAGE_NETWORKS or LANGUAGE_MODELS."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from .densenet import densenet121
+from .lstm import lstm2, lstm3
 from .mobilenetv2 import mobilenetv2
 from .nasnet import nasnet
 from .resnet import resnet8, resnet20, small_stem
 from .shufflenetv2 import shufflenetv2
 from .wideresnet import wideresnet
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet": small_stem("resnet18"),
     "resnet34": small_stem("resnet34"),
     "resnet50": small_stem("resnet50"),
@@ -27,10 +29,17 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build_network(name: str, num_classes: int) -> nn.Module:
-    """The network of that name for images (batch, 3, h, w). ValueError for an unknown name or too few classes."""
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"lstm2": lstm2, "lstm3": lstm3}
+NETWORKS = IMAGE_NETWORKS | LANGUAGE_MODELS
+
+
+def build_network(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """The network of that name, for images (batch, 3, h, w) or tokens (length, batch); num_classes may be the words.
+
+    Options are embed_size and dropout of a language model. ValueError for an unknown name or too few classes.
+    """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}: choose from {', '.join(NETWORKS)}")
     if num_classes < 2:
         raise ValueError(f"{num_classes} classes: need at least 2")
-    return NETWORKS[name](num_classes)
+    return NETWORKS[name](num_classes, **options)

@@ -196,6 +196,7 @@ class ToyTask:
     class Batch:
         def __init__(self, seed):
             self.inputs, self.targets = batch(seed)
+            self.size = len(self.targets)
 
     def train_batches(self, start):
         while True:

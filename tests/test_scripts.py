@@ -1,5 +1,6 @@
-"""Real runs of both scripts on the digits."""
+"""Real runs of both scripts on the digits and on Python's documentation."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -10,16 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.text import pydoc
+
 ROOT = Path(__file__).resolve().parents[1]
 META_TRAIN, META_TEST = ROOT / "meta-train" / "meta-train.py", ROOT / "meta-test" / "meta-test.py"
 SMALL = ["--network", "resnet8", "--dataset", "digits", "--limit-train", "256", "--limit-test", "60",
          "--batch-size", "64", "--num-epoch", "3", "--device", "cpu"]
+TEXT = ["--network", "lstm2", "--dataset", "pydoc", "--embed-size", "64", "--dropout", "0.1", "--batch-size", "4",
+        "--limit-train", "40000", "--num-epoch", "3", "--device", "cpu"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the nets are small, and the cores may be busy
 TRAIN = [*SMALL, "--num-meta", "100", "--t-val", "2", "--momentum", "0.5"]
 
 
 def run(script, *arguments, cwd=ROOT):
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env=ONE_THREAD)
 
 
 def results(folder):
@@ -57,11 +63,9 @@ def test_the_same_seed_gives_the_same_run_from_the_scripts_own_folder(reference,
     same(results(reference), results(tmp_path / "again"))
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes_to_the_same_end(reference, tmp_path, kill):
-    out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(META_TRAIN), *TRAIN, "--out", str(out)], cwd="/",
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def kill_and_resume(arguments, out, kill):
+    process = subprocess.Popen([sys.executable, str(META_TRAIN), *arguments, "--out", str(out)], cwd="/",
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
     deadline = time.monotonic() + 120
     while not (out / "mlr_snet_1.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -70,7 +74,49 @@ def test_a_killed_run_resumes_to_the_same_end(reference, tmp_path, kill):
     assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
     done = run(META_TRAIN, "--resume", "--out", out)
     assert done.returncode == 0, done.stderr
-    same(results(reference), results(out))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_to_the_same_end(reference, tmp_path, kill):
+    kill_and_resume(TRAIN, tmp_path / "killed", kill)
+    same(results(reference), results(tmp_path / "killed"))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "language"
+    done = run(META_TRAIN, *TEXT, "--t-val", "20", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_meta_training_on_text_ends_well_below_a_unigram_model_and_moves_the_rate(language):
+    data = pydoc(Path(), "word")
+    counts = data.train[1:].bincount(minlength=len(data.vocabulary)).double() + 1
+    unigram = (-(counts / counts.sum()).log()[data.test[1:]].mean()).exp().item()
+    rows = list(csv.DictReader((language / "metrics.csv").open()))
+    assert float(rows[-1]["test_ppl"]) < 0.6 * unigram
+    rates = [float(row["lr"]) for row in rows]
+    assert max(rates) > 1.2 * min(rates)
+
+
+def test_a_killed_language_run_resumes_to_the_same_end_with_its_states_and_dropout(language, tmp_path):
+    kill_and_resume([*TEXT, "--t-val", "20"], tmp_path / "killed", signal.SIGTERM)
+    same(results(language), results(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("choice", [["--nets", "images"], ["--schedule", "val", "--lr", "20"]])
+def test_a_schedule_learned_on_images_and_the_val_strategy_drive_a_language_model(reference, tmp_path, choice):
+    choice = [reference if word == "images" else word for word in choice]
+    done = run(META_TEST, *TEXT, "--num-epoch", "2", *choice, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    header, *rows = results(tmp_path / "run")[0]
+    assert header == "epoch,lr,train_loss,train_ppl,valid_ppl,test_loss,test_ppl" and len(rows) == 2
+
+
+def test_a_schedule_learned_on_text_drives_an_image_network(language, tmp_path):
+    done = run(META_TEST, *SMALL, "--nets", language, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("schedule", ["shipped", "learned", "multistep"])
@@ -83,7 +129,9 @@ def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_a_baseline(refere
 
 @pytest.mark.parametrize("arguments", [
     ["--network", "nonsense"], ["--batch-size", "0"], ["--wd", "nan"], ["--gamma", "-1"], ["--num-meta", "100000"],
-    ["--lr", "inf"], ["--t-val", "0"],
+    ["--lr", "inf"], ["--t-val", "0"], ["--network", "lstm2"], ["--dataset", "pydoc"], ["--seq-len", "5"],
+    ["--network", "lstm2", "--dataset", "pydoc", "--num-meta", "10"],
+    ["--network", "lstm2", "--dataset", "pydoc", "--seq-len", "100000"],
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, arguments):
     done = run(META_TRAIN, "--network", "resnet8", "--dataset", "digits", *arguments, "--out", tmp_path / "run")
