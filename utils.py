@@ -187,6 +187,8 @@ class Run:
         metrics maps the epoch's mean training loss and accuracy to a row's columns; at_epoch is called with the
         number of the epoch that has ended, before its checkpoint.
         """
+        if self.step == self.args.num_epoch * self.steps_per_epoch:
+            print(f"{self.args.out}: the run is complete")
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         writer = SummaryWriter(str(self.args.out), purge_step=self.step + 1)
         bar = tqdm(total=self.args.num_epoch * self.steps_per_epoch, initial=self.step, disable=None, leave=False)
