@@ -49,6 +49,18 @@ def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weig
     return {"adam": Adam, "adamw": AdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
 
 
+@contextlib.contextmanager
+def kept(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """What happens inside to the tensors is undone on leaving, to the bit."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
 # ---------------------------------------------------------------------------------------------- device and precision
 
 

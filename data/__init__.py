@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from .images import ImageTask, cifar10, cifar100, digits, folder, svhn
-from .text import TextTask, ptb, pydoc, text
+from .text import TextTask, ptb, pydoc, text_folder
 
 IMAGES = {"cifar10": cifar10, "cifar100": cifar100, "svhn": svhn, "folder": folder, "digits": digits}
-TEXTS = {"ptb": ptb, "text": text, "pydoc": pydoc}
+TEXTS = {"ptb": ptb, "text": text_folder, "pydoc": pydoc}
 DATASETS = [*IMAGES, *TEXTS]
 
 

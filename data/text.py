@@ -61,7 +61,7 @@ def read(path: Path, tokens: str) -> list[list[str]]:
     return [line.split() if tokens == "word" else list(line) for line in content.splitlines()]
 
 
-def text(root: Path, tokens: str) -> TextData:
+def text_folder(root: Path, tokens: str) -> TextData:
     """root/train.txt, valid.txt and test.txt, in UTF-8."""
     return encode({split: read(root / f"{split}.txt", tokens) for split in SPLITS})
 
