@@ -1,4 +1,4 @@
-"""What meta-train and meta-test have in common: their flags, and the task, network and optimizer that these ask for."""
+"""What meta-train and meta-test have in common: their flags, and the task and network that these ask for."""
 
 import argparse
 import json
@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
-from utils import ROOT, autocast, build_optimizer, number, number_or_auto, pick_device, plain
+from utils import ROOT, autocast, number, number_or_auto, pick_device, plain
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None}
@@ -104,8 +103,8 @@ def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults:
             setattr(args, name, default)
 
 
-def build(args: argparse.Namespace, lr: float) -> tuple[ImageTask | TextTask, nn.Module, Optimizer]:
-    """The task, the network on its device, and the optimizer at rate lr. ValueError for what cannot be had."""
+def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
+    """The task, and the network on its device. ValueError for what cannot be had."""
     device = pick_device(args.device)
     names = ("seq_len", "tokens") if args.dataset in TEXTS else ("seed", "num_meta", "image_size")
     task = build_task(
@@ -118,4 +117,4 @@ def build(args: argparse.Namespace, lr: float) -> tuple[ImageTask | TextTask, nn
     network = build_network(args.network, task.num_classes, **sizes).to(device).to(memory_format=torch.channels_last)
     if args.compile:
         network.compile()
-    return task, network, build_optimizer(args.optimizer, network.parameters(), lr, args.momentum, args.wd)
+    return task, network

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from directions import Update, check_affine, update_directions
-from utils import kept, lr_ratios, set_lr
+from utils import MetaStream, kept, lr_ratios, set_lr
 
 # Learned on CIFAR-10 images, after 1/200, 1/2 and all of a run; meta-test/provenance.json says how.
 SHIPPED = [Path(__file__).resolve().parent / "meta-test" / f"mlr_snet_{epoch}.pth" for epoch in (1, 100, 200)]
@@ -190,6 +190,8 @@ class MLRSNetLR:
     the largest gets the learned rate.
     """
 
+    second_order = False
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -298,36 +300,28 @@ class MetaMLRSNetLR(MLRSNetLR):
         check_affine(optimizer)
         if t_val < 1:
             raise ValueError(f"t_val {t_val}: must be at least 1")
-        self.network, self.task, self.t_val, self.meta_point = network, task, t_val, meta_point
+        self.network, self.t_val, self.meta_point = network, t_val, meta_point
+        self.meta = MetaStream(task)
         self.adam = Adam(net.parameters(), lr=lr, weight_decay=weight_decay)
-        self.num_updates = 0
-        self.meta_carry: Any = None
 
     def _learn(self, loss: Tensor) -> None:
         """θ ← Adam(θ, ∂L_meta/∂lr · γ · ∂A/∂θ), with the LSTM state a constant."""
         if (self.num_steps + 1) % self.t_val:
             return
         fraction, _ = self.net(self._seen(loss), self.state)
-
-        def meta_loss(point: nn.Module) -> Tensor:
-            batch = self.task.meta_batch(self.num_updates)
-            value, _, self.meta_carry = self.task.loss(point, batch, self.meta_carry)
-            return value
-
         lr = self.scale * float(fraction.detach())
-        slope = hypergradient(self.network, self.optimizer, lr, meta_loss, self.meta_point)
+        slope = hypergradient(self.network, self.optimizer, lr, self.meta.next_loss, self.meta_point)
         self.adam.zero_grad()
         (slope.to(fraction) * self.scale * fraction).backward()
         self.adam.step()
-        self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"adam": self.adam.state_dict(), "num_updates": self.num_updates, "meta_carry": self.meta_carry}
-        return super().state_dict() | own
+        return super().state_dict() | {"adam": self.adam.state_dict(), "meta": self.meta.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
         self.adam.load_state_dict(state.pop("adam"))
+        self.meta.load_state_dict(state.pop("meta"))
         super().load_state_dict(state)
 
 
@@ -360,6 +354,8 @@ class Task(Protocol):
 
 class Schedule(Protocol):
     """Sets an optimizer's rates: MLRSNetLR, MetaMLRSNetLR and every baseline."""
+
+    second_order: bool  # whether step() differentiates the loss again, so that its graph has to be kept
 
     def step(self, loss: float | Tensor) -> None: ...
     def get_last_lr(self) -> list[float]: ...
@@ -400,10 +396,10 @@ def train(
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {number + 1}, after LR {schedule.get_last_lr()[0]}")
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(retain_graph=schedule.second_order)
         if task.clip is not None:
             nn.utils.clip_grad_norm_(network.parameters(), task.clip)
-        schedule.step(loss.detach())
+        schedule.step(loss)
         lr = schedule.get_last_lr()[0]
         if not math.isfinite(lr):
             raise FloatingPointError(f"the LR is {lr} at step {number + 1}, at loss {value}")

@@ -61,6 +61,24 @@ def kept(tensors: list[torch.Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+class MetaStream:
+    """The losses of a task's meta batches one after another, with what is carried from one to the next."""
+
+    def __init__(self, task: Any):
+        self.task, self.index, self.carry = task, 0, None
+
+    def next_loss(self, network: torch.nn.Module) -> torch.Tensor:
+        loss, _, self.carry = self.task.loss(network, self.task.meta_batch(self.index), self.carry)
+        self.index += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"index": self.index, "carry": self.carry}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
 # ---------------------------------------------------------------------------------------------- device and precision
 
 

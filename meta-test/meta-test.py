@@ -7,12 +7,12 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import SCHEDULES, Val  # noqa: E402
+from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline, evaluating  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
 from experiment import add_run_arguments, build, parse_run_arguments  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import Run, number, user_errors  # noqa: E402
+from utils import Run, build_optimizer, number, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,11 +24,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nets", type=Path, nargs="+", default=SHIPPED, metavar="FILE",
         help="learned schedules that share the run in turn, or one folder of a meta-train run (default: the three "
         "that lie beside this script)")
-    add("--lr", type=number(float, 0, above=True), default=0.1, help="initial rate of a baseline (default: 0.1)")
+    add("--lr", type=number(float, 0, above=True),
+        help="initial rate of a baseline (default: 0.1; val on SGD: 20; adam, adamw: 1e-3; schedule-free: 1 for sgd, "
+        "0.0025 for adamw; prodigy: 1, a factor)")
+    add("--beta", type=number(float, 0, above=True), help="step of hd and rtho on the rate (default: 1e-3; adam: 1e-7)")
     add_run_arguments(parser)
     args = parse_run_arguments(parser, SCRIPT, argv)
-    if args.schedule == "val" and args.dataset in IMAGES and not args.num_meta:
-        parser.error("--schedule val needs images to validate on; set some aside with --num-meta 1000")
+    if args.schedule in VALIDATING and args.dataset in IMAGES and not args.num_meta:
+        parser.error(f"--schedule {args.schedule} needs images to validate on; set some aside with --num-meta 1000")
+    if args.lr is not None and args.schedule in ("mlr-snet", *RATELESS):
+        parser.error(f"--schedule {args.schedule} has no initial rate; leave --lr out")
+    if args.beta is not None and args.schedule not in ("hd", "rtho"):
+        parser.error(f"--schedule {args.schedule} has no --beta; leave it out")
     return args
 
 
@@ -36,21 +43,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
         nets = load_schedules(args.nets) if args.schedule == "mlr-snet" else []
-        task, network, optimizer = build(args, args.lr)
-        timing = (args.num_epoch, task.steps_per_epoch)
+        task, network = build(args)
         schedule: Schedule
         if args.schedule == "mlr-snet":
             nets = [net.to(next(network.parameters()).device) for net in nets]
-            schedule = MLRSNetLR(optimizer, nets, task.num_classes, *timing, args.gamma, task.perplexity)
-        elif args.schedule == "val":
-            schedule = Val(optimizer, *timing, validate=lambda: task.validate(network))
+            optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
+            schedule = MLRSNetLR(
+                optimizer, nets, task.num_classes, args.num_epoch, task.steps_per_epoch, args.gamma, task.perplexity
+            )
         else:
-            schedule = SCHEDULES[args.schedule](optimizer, *timing)
+            optimizer, schedule = build_baseline(
+                args.schedule, args.optimizer, network, task, args.num_epoch, args.lr, args.momentum, args.wd, args.beta
+            )
         run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
-    return run.follow(
-        train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry),
-        lambda loss, accuracy: task.train_metrics(loss, accuracy) | task.evaluate(network),
-    )
+
+    def metrics(loss: float, accuracy: float) -> dict[str, float]:
+        with evaluating(optimizer, network, task):
+            return task.train_metrics(loss, accuracy) | task.evaluate(network)
+
+    return run.follow(train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry), metrics)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from data import DATASETS  # noqa: E402
 from experiment import add_run_arguments, build, parse_run_arguments  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, train  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import Run, number, number_or_auto, save, user_errors  # noqa: E402
+from utils import Run, build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,8 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
-        task, network, optimizer = build(args, lr=1.0)
+        task, network = build(args)
         net = MLRSNet(args.hidden_size, args.num_layers).to(next(network.parameters()).device)
+        optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
         schedule = MetaMLRSNetLR(optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma)
         run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)

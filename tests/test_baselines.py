@@ -38,6 +38,7 @@ ORACLES = {
     "exponential": (lambda o: lr_scheduler.ExponentialLR(o, 0.95), False),
     "cosine": (lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS * STEPS), True),
     "sgdr": (lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 10 * STEPS, T_mult=2), True),
+    "onecycle": (lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=EPOCHS * STEPS, cycle_momentum=False), True),
 }
 
 

@@ -243,7 +243,7 @@ def test_theta_moves_along_the_total_derivative_of_the_meta_loss():
     schedule.step(loss)
     for parameter, expected in zip(net.parameters(), slope_by_hand, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-14)
-    assert schedule.num_updates == 1
+    assert schedule.meta.index == 1
 
 
 def test_the_real_step_uses_the_new_theta_and_advances_the_state_once():
