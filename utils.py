@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 NO_TOTALS = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}  # of an epoch that begins
+COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart
 
 # ---------------------------------------------------------------------------------------------- learning rates
 
@@ -165,6 +166,17 @@ def read_text(path: str | Path) -> str:
         return ""
 
 
+def peak_memory_mib() -> float:
+    """The most memory that this process has held: on the GPU where it uses one, else resident; 0 if none can tell."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """The record that makes a run repeatable: command, arguments, versions, commit, hardware."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -199,12 +211,17 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self.totals = dict(NO_TOTALS)
         self.stop_signal = 0
+        self.cost: dict[str, float] = {"steps_per_epoch": steps_per_epoch, **dict.fromkeys(COSTS, 0)}
+        self.counting = True
         self.checkpoint = args.out / "checkpoint.pth"
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
             write_atomically(args.out / "args.json", json.dumps(provenance(args), indent=1).encode())
         elif self.checkpoint.exists():
             self._load()
+        if not args.compile:  # a compiled network would be compiled again for every count
+            parts["network"].register_forward_hook(lambda *_: self._count("forward_passes"))
+            next(parts["network"].parameters()).register_hook(lambda _: self._count("backward_passes"))
 
     def follow(
         self,
@@ -261,7 +278,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint: all that continuing needs, to the bit."""
-        state = {name: getattr(self, name) for name in ("step", "carry", "rows", "totals")}
+        state = {name: getattr(self, name) for name in ("step", "carry", "rows", "totals", "cost")}
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
         state["rng"] = torch.get_rng_state()
         state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -274,11 +291,14 @@ class Run:
                 part.load_state_dict(state["parts"][name])
         except Exception as error:  # a damaged file fails in many ways; each ends in this one line
             raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
-        for name in ("step", "carry", "rows", "totals"):
+        for name in ("step", "carry", "rows", "totals", "cost"):
             setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def _count(self, what: str) -> None:
+        self.cost[what] += self.counting
 
     def _lap(self) -> None:
         now = time.perf_counter()
@@ -288,7 +308,10 @@ class Run:
     def _end_epoch(self, epoch: int, metrics: Callable[[float, float], dict[str, float]]) -> dict[str, float]:
         """The epoch's row of metrics.csv; the totals begin anew."""
         loss, accuracy, lr = (self.totals[name] / self.totals["size"] for name in ("loss", "accuracy", "lr"))
+        self.counting = False  # evaluation is no cost of a schedule
         row = {"epoch": epoch, "lr": lr, **metrics(loss, accuracy)}
+        self.counting = True
+        self.cost["peak_memory_mib"] = max(self.cost["peak_memory_mib"], peak_memory_mib())
         self._lap()
         row["seconds"] = round(self.totals["seconds"], 3)
         self.rows.append(row)
@@ -305,6 +328,7 @@ class Run:
         table.writeheader()
         table.writerows(self.rows)
         write_atomically(self.args.out / "metrics.csv", text.getvalue().encode())
+        write_atomically(self.args.out / "cost.json", json.dumps(self.cost, indent=1).encode())
 
     def _draw(self) -> None:
         """run.png: training and test loss, accuracy or perplexity, and LR against epochs."""
@@ -324,6 +348,8 @@ class Run:
             panel.legend()
         panels[2].plot(epochs, [row["lr"] for row in self.rows], "k-")
         panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)", ylim=(0, None))
+        for panel in panels:
+            panel.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(self.args.out.name)
         figure.savefig(self.args.out / "run.png", dpi=120)
         pyplot.close(figure)

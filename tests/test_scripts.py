@@ -1,12 +1,14 @@
 """Real runs of both scripts on the digits and on Python's documentation."""
 
 import csv
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,6 +28,23 @@ TRAIN = [*SMALL, "--num-meta", "100", "--t-val", "2", "--momentum", "0.5"]
 def run(script, *arguments, cwd=ROOT):
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env=ONE_THREAD)
+
+
+class Done(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+def call(capsys, script, *arguments):
+    """The script's main() in this process, which spares the seconds of a start."""
+    spec = importlib.util.spec_from_file_location("script", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        status = module.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    return Done(status, capsys.readouterr().err)
 
 
 def results(folder):
@@ -106,23 +125,24 @@ def test_a_killed_language_run_resumes_to_the_same_end_with_its_states_and_dropo
 
 
 @pytest.mark.parametrize("choice", [["--nets", "images"], ["--schedule", "val", "--lr", "20"]])
-def test_a_schedule_learned_on_images_and_the_val_strategy_drive_a_language_model(reference, tmp_path, choice):
+def test_a_schedule_learned_on_images_and_the_val_strategy_drive_a_language_model(reference, tmp_path, choice, capsys):
     choice = [reference if word == "images" else word for word in choice]
-    done = run(META_TEST, *TEXT, "--num-epoch", "2", *choice, "--out", tmp_path / "run")
+    done = call(capsys, META_TEST, *TEXT, "--num-epoch", "2", *choice, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     header, *rows = results(tmp_path / "run")[0]
     assert header == "epoch,lr,train_loss,train_ppl,valid_ppl,test_loss,test_ppl" and len(rows) == 2
 
 
-def test_a_schedule_learned_on_text_drives_an_image_network(language, tmp_path):
-    done = run(META_TEST, *SMALL, "--nets", language, "--out", tmp_path / "run")
+def test_a_schedule_learned_on_text_drives_an_image_network(language, tmp_path, capsys):
+    done = call(capsys, META_TEST, *SMALL, "--nets", language, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("schedule", ["shipped", "learned", "multistep"])
-def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_a_baseline(reference, tmp_path, schedule):
-    choice = {"shipped": [], "learned": ["--nets", reference], "multistep": ["--schedule", "multistep"]}[schedule]
-    done = run(META_TEST, *SMALL, *choice, "--out", tmp_path / "run")
+@pytest.mark.parametrize("schedule", ["shipped", "learned", "multistep", "rtho"])
+def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(reference, tmp_path, schedule, capsys):
+    choice = {"shipped": [], "learned": ["--nets", reference], "multistep": ["--schedule", "multistep"],
+              "rtho": ["--schedule", "rtho", "--num-meta", "100"]}[schedule]
+    done = call(capsys, META_TEST, *SMALL, *choice, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert len(results(tmp_path / "run")[0]) == 4
 
@@ -133,40 +153,51 @@ def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_a_baseline(refere
     ["--network", "lstm2", "--dataset", "pydoc", "--num-meta", "10"],
     ["--network", "lstm2", "--dataset", "pydoc", "--seq-len", "100000"],
 ])
-def test_bad_input_is_one_line_and_status_2(tmp_path, arguments):
-    done = run(META_TRAIN, "--network", "resnet8", "--dataset", "digits", *arguments, "--out", tmp_path / "run")
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, capsys):
+    network = ["--network", "resnet8", "--dataset", "digits"]
+    done = call(capsys, META_TRAIN, *network, *arguments, "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "error:" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_another_run_is_left_alone(reference):
+def test_a_folder_that_holds_another_run_is_left_alone(reference, capsys):
     before = (reference / "args.json").read_bytes()
-    done = run(META_TRAIN, *TRAIN, "--out", reference)
+    done = call(capsys, META_TRAIN, *TRAIN, "--out", reference)
     assert done.returncode == 2 and "--resume" in done.stderr
     assert (reference / "args.json").read_bytes() == before
 
 
-def test_an_out_that_is_a_file_is_refused(tmp_path):
+def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    done = run(META_TRAIN, *TRAIN, "--out", tmp_path / "file")
+    done = call(capsys, META_TRAIN, *TRAIN, "--out", tmp_path / "file")
     assert done.returncode == 2 and "is a file" in done.stderr
 
 
-def test_resuming_with_other_arguments_is_refused(reference):
-    done = run(META_TRAIN, "--resume", "--out", reference, "--wd", "0.1")
+def test_resuming_with_other_arguments_is_refused(reference, capsys):
+    done = call(capsys, META_TRAIN, "--resume", "--out", reference, "--wd", "0.1")
     assert done.returncode == 2 and "--wd" in done.stderr
 
 
-def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path):
-    done = run(META_TEST, *SMALL, "--schedule", "fixed", "--lr", "1e30", "--out", tmp_path / "run")
+def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path, capsys):
+    done = call(capsys, META_TEST, *SMALL, "--schedule", "fixed", "--lr", "1e30", "--out", tmp_path / "run")
     assert done.returncode == 1
     assert "step 2" in done.stderr and "1e+30" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [
+    ["--lr", "0.1"], ["--schedule", "val"], ["--schedule", "rtho"], ["--schedule", "fixed", "--beta", "1e-3"],
+    ["--schedule", "rtho", "--num-meta", "100", "--optimizer", "adam"], ["--schedule", "l4mom", "--momentum", "0.9"],
+])
+def test_arguments_of_meta_test_that_do_not_go_together_are_one_line_and_status_2(tmp_path, arguments, capsys):
+    done = call(capsys, META_TEST, *SMALL, *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "error:" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("nets", ["missing.pth", "."])
-def test_nets_that_are_not_there_are_one_line_and_status_2(tmp_path, nets):
-    done = run(META_TEST, *SMALL, "--nets", tmp_path / nets, "--out", tmp_path / "run")
+def test_nets_that_are_not_there_are_one_line_and_status_2(tmp_path, nets, capsys):
+    done = call(capsys, META_TEST, *SMALL, "--nets", tmp_path / nets, "--out", tmp_path / "run")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

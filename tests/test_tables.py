@@ -1,0 +1,137 @@
+"""Tables: their runs, what they say, and that stopping one changes nothing."""
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tables" / "tables.py"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tables"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, number in (("train", 190), ("test", 50)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+def start(name, out, *more):
+    arguments = ["--table", name, "--preset", "smoke", "--jobs", "2", "--out", out, *more]
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def methods(tables, name, every):
+    chosen = tables.TABLES[name].methods
+    return chosen if every else chosen[:2]
+
+
+def check(tables, name, out, image_folder, every):
+    more = ["--set", f"data-root={image_folder}"] if name == "own" else []
+    chosen = methods(tables, name, every)
+    process = start(name, out, "--seeds", "1", "--only", *chosen, *more)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    folder = out / f"{name}-smoke"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert len(rows) == len(chosen) * len(tables.TABLES[name].groups["smoke"])
+    for row in rows:
+        if float(row["finished"]):
+            assert float(row["last_mean"]) > 0
+    assert (folder / "table.png").stat().st_size > 10_000
+    assert "commit" in (folder / "table.md").read_text()
+
+
+NAMES = ["cifar10-resnet", "cifar100-wideresnet", "ptb-lstm2", "ptb-lstm3", "networks", "svhn", "epochs", "t-val",
+         "own"]
+
+
+def test_every_table_is_tested_here(tables):
+    assert sorted(tables.TABLES) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", ["cifar10-resnet", "ptb-lstm2", "t-val", "own"])
+def test_the_smoke_of_a_table_runs_and_draws(tables, tmp_path, image_folder, name):
+    check(tables, name, tmp_path, image_folder, every=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smoke_of_a_table_runs_with_all_its_methods(tables, tmp_path, image_folder, name):
+    check(tables, name, tmp_path, image_folder, every=True)
+
+
+def test_a_table_killed_and_started_again_gives_the_same_csv(tmp_path):
+    arguments = ["--seeds", "1", "--only", "fixed"]
+    left_alone = start("epochs", tmp_path / "whole", *arguments)
+    left_alone.communicate(timeout=600)
+    first = start("epochs", tmp_path / "killed", *arguments)
+    runs = tmp_path / "killed" / "epochs-smoke" / "runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/metrics.csv")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGTERM)
+    first.communicate(timeout=120)
+    assert first.returncode == 130
+    second = start("epochs", tmp_path / "killed", *arguments)
+    output = second.communicate(timeout=600)[0]
+    assert second.returncode == 0, output
+    one, other = (tmp_path / name / "epochs-smoke" / "table.csv" for name in ("whole", "killed"))
+    assert one.read_text() == other.read_text()
+
+
+def test_a_table_says_what_its_runs_say(tables, tmp_path):
+    arguments = {"num-epoch": "2", "dataset": "digits"}
+    cells = [
+        tables.Cell("line", method, seed, tuple(arguments.items()))
+        for method in ("fixed", "cosine")
+        for seed in (0, 1)
+    ]
+    accuracies = {"fixed": [(50, 60), (70, 64)], "cosine": [(61, 70), (63, 66)]}
+    race = tables.Race(cells, tmp_path, 1)
+    for cell in cells:
+        folder = tmp_path / cell.name
+        folder.mkdir()
+        lines = [f"{n},0.1,1.0,50,1.0,{a},2.0" for n, a in enumerate(accuracies[cell.method][cell.seed], 1)]
+        header = "epoch,lr,train_loss,train_acc,test_loss,test_acc,seconds"
+        (folder / "metrics.csv").write_text("\n".join([header, *lines]))
+        (folder / "status.json").write_text('{"status": "done"}')
+        passes = 10 if cell.method == "fixed" else 15
+        (folder / "cost.json").write_text(
+            f'{{"steps_per_epoch": 5, "forward_passes": {passes}, "backward_passes": 10, "peak_memory_mib": 100}}'
+        )
+    fixed, cosine = tables.summarise(race, None)
+    assert (fixed["last_mean"], fixed["best_mean"], cosine["last_mean"]) == (62, 65, 68)
+    assert fixed["last_std"] == pytest.approx(8**0.5)
+    assert cosine["target"] == 62 and cosine["reached"] == 2 and cosine["steps_to_target"] == 7.5
+    assert cosine["seconds_to_target"] == 3.0 and cosine["relative_forward_passes"] == 1.5
+
+
+def test_a_cell_that_cannot_run_ends_the_table_with_its_line(tables, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        tables.main(["--table", "own", "--preset", "smoke", "--seeds", "1", "--only", "fixed", "--out", str(tmp_path),
+                     "--set", f"data-root={tmp_path}/none"])
+    assert exit.value.code == 2 and "none/train" in capsys.readouterr().err
