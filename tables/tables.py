@@ -1,55 +1,20 @@
 """Rerun a table of the paper, or the same race on your own data: every schedule on equal terms, several seeds each."""
 
 import argparse
-import csv
-import hashlib
-import io
-import json
-import os
-import signal
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 SCRIPT = Path(__file__).resolve()
-ROOT = SCRIPT.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
-from tqdm import tqdm  # noqa: E402
+from race import METHODS, Cell, Race  # noqa: E402
+from report import COST_COLUMNS, RESULT_COLUMNS, draw, summarise, write_csv, write_markdown  # noqa: E402
 
 from data import TEXTS  # noqa: E402
-from utils import COSTS, number, user_errors, write_atomically  # noqa: E402
+from utils import number, user_errors  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------- what is raced
-
-ADAM = ("--optimizer", "adam")
-METHODS: dict[str, tuple[str, ...]] = {  # the arguments of meta-test; "ours (train)" is meta-train's own network
-    "ours (train)": (),
-    "ours (transfer)": ("--schedule", "mlr-snet"),
-    "fixed": ("--schedule", "fixed"),
-    "multistep": ("--schedule", "multistep"),
-    "exponential": ("--schedule", "exponential"),
-    "cosine": ("--schedule", "cosine"),
-    "sgdr": ("--schedule", "sgdr"),
-    "onecycle": ("--schedule", "onecycle"),
-    "adam": ("--schedule", "fixed", *ADAM),
-    "sgd+val": ("--schedule", "val"),
-    "adam+val": ("--schedule", "val", *ADAM),
-    "hd": ("--schedule", "hd"),
-    "hd-adam": ("--schedule", "hd", *ADAM),
-    "rtho": ("--schedule", "rtho"),
-    "l4mom": ("--schedule", "l4mom"),
-    "l4adam": ("--schedule", "l4adam"),
-    "schedule-free": ("--schedule", "schedule-free"),
-    "schedule-free-adamw": ("--schedule", "schedule-free", "--optimizer", "adamw"),
-    "prodigy": ("--schedule", "prodigy", *ADAM),
-}
 OWN_DIRECTION = (  # make no use of momentum
     "l4mom", "l4adam", *(name for name, flags in METHODS.items() if "--optimizer" in flags),
 )
@@ -59,26 +24,6 @@ TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "s
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method on one line of the table with one seed."""
-
-    group: str
-    method: str
-    seed: int
-    arguments: tuple[tuple[str, str], ...]
-
-    @property
-    def command(self) -> list[str]:
-        script = "meta-train" if self.method == "ours (train)" else "meta-test"
-        flags = [word for flag, value in self.arguments for word in (f"--{flag}", value)]
-        return [str(ROOT / script / f"{script}.py"), *flags, *METHODS[self.method], "--seed", str(self.seed)]
-
-    @property
-    def name(self) -> str:
-        key = hashlib.sha256(json.dumps([self.method, self.arguments]).encode()).hexdigest()[:8]
-        return "_".join([*f"{self.group} {self.method}".replace("(", "").replace(")", "").split(), key, str(self.seed)])
 
 
 @dataclass(frozen=True)
@@ -233,243 +178,6 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], chan
     return cells
 
 
-# ---------------------------------------------------------------------------------------------- running
-
-
-class Race:
-    """Runs cells side by side, each in its own folder; what is done stays done, what was stopped goes on."""
-
-    def __init__(self, cells: list[Cell], folder: Path, jobs: int):
-        self.cells, self.folder, self.jobs = cells, folder, jobs
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)  # processes that fight for the cores are far slower
-        self.processes: list[subprocess.Popen[str]] = []
-        self.stopped = False
-
-    def run(self) -> None:
-        """Run what is not done. ValueError with the script's own line where a cell cannot run."""
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self._stop)
-        epochs = {cell: int(dict(cell.arguments)["num-epoch"]) for cell in self.cells}
-        bar = tqdm(total=sum(epochs.values()), unit="epoch", disable=None)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = [pool.submit(self._run, cell) for cell in self.cells]
-            while not all(future.done() for future in waiting):
-                bar.update(sum(len(self.rows(cell)) for cell in self.cells) - bar.n)
-                time.sleep(0.5)
-        bar.close()
-        for future in waiting:
-            future.result()
-
-    def _run(self, cell: Cell) -> None:
-        out = self.folder / cell.name
-        if self.stopped or (out / "status.json").exists():
-            return
-        command = [sys.executable, *cell.command]
-        if (out / "args.json").exists():
-            command = [*command[:2], "--resume"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        process = subprocess.Popen(
-            [*command, "--out", str(out)], env=environment, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C reaches the cells through _stop alone
-        )
-        self.processes.append(process)
-        errors = (process.communicate()[1].strip().splitlines() or [""])[-1]
-        if process.returncode == 0 or errors.startswith("diverged"):
-            status = {"status": "diverged" if errors.startswith("diverged") else "done", "message": errors}
-            write_atomically(out / "status.json", json.dumps(status).encode())
-        elif not self.stopped:
-            self._stop()
-            raise ValueError(f"{cell.name}: {errors or f'exit status {process.returncode}'}")
-
-    def _stop(self, number: int = 0, frame: Any = None) -> None:
-        self.stopped = True
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()  # it writes a checkpoint
-
-    def rows(self, cell: Cell) -> list[dict[str, float]]:
-        """metrics.csv of a cell so far."""
-        try:
-            lines = csv.DictReader(io.StringIO((self.folder / cell.name / "metrics.csv").read_text()))
-            return [{name: float(value) for name, value in line.items()} for line in lines]
-        except OSError:
-            return []
-
-    def record(self, cell: Cell, name: str) -> dict[str, Any]:
-        """A JSON file of a cell's folder."""
-        return json.loads((self.folder / cell.name / name).read_text())
-
-
-# ---------------------------------------------------------------------------------------------- what a table says
-
-
-def summarise(race: Race, target: float | None) -> list[dict[str, Any]]:
-    """One record for every line and method, computed from the run folders."""
-    lines: dict[tuple[str, str], list[Cell]] = {}
-    for cell in race.cells:
-        lines.setdefault((cell.group, cell.method), []).append(cell)
-    records = []
-    for (group, method), cells in lines.items():
-        done = [cell for cell in cells if race.record(cell, "status.json")["status"] == "done"]
-        record: dict[str, Any] = {"group": group, "method": method, "seeds": len(cells), "finished": len(done)}
-        runs = [race.rows(cell) for cell in done]
-        if runs:
-            metric = "test_acc" if "test_acc" in runs[0][0] else "test_ppl"
-            best = max if metric == "test_acc" else min
-            record["metric"] = metric
-            for name, values in (
-                ("last", [rows[-1][metric] for rows in runs]),
-                ("best", [best(row[metric] for row in rows) for rows in runs]),
-            ):
-                record[f"{name}_mean"] = statistics.mean(values)
-                record[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-            record["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
-            costs = [race.record(cell, "cost.json") for cell in done]
-            record |= {name: statistics.mean(cost[name] for cost in costs) for name in COSTS}
-            record["steps_per_epoch"] = costs[0]["steps_per_epoch"]
-            record["runs"] = runs
-        records.append(record)
-    for record in records:
-        same = [other for other in records if other["group"] == record["group"] and "runs" in other]
-        basis = next((other for name in ("fixed", "sgd+val") for other in same if other["method"] == name), None)
-        if basis and "runs" in record:
-            for name in ("seconds", *COSTS):
-                record[f"relative_{name}"] = record[name] / basis[name] if basis[name] else None
-            _reach(record, basis["last_mean"] if target is None else target)
-    return records
-
-
-def _reach(record: dict[str, Any], target: float) -> None:
-    """Steps and seconds until the target is met, the mean over the runs that met it."""
-    sign = 1 if record["metric"] == "test_acc" else -1
-    steps, seconds = [], []
-    for rows in record["runs"]:
-        number = next((n for n, row in enumerate(rows, 1) if sign * (row[record["metric"]] - target) >= 0), None)
-        if number is not None:
-            steps.append(number * record["steps_per_epoch"])
-            seconds.append(sum(row["seconds"] for row in rows[:number]))
-    record |= {"target": target, "reached": len(steps)}
-    if steps:
-        record |= {"steps_to_target": statistics.mean(steps), "seconds_to_target": statistics.mean(seconds)}
-
-
-RESULT_COLUMNS = ("group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
-                  "target", "reached", "steps_to_target")
-COST_COLUMNS = ("group", "method", "seconds", "seconds_to_target", *COSTS,
-                *(f"relative_{name}" for name in ("seconds", *COSTS)))
-
-
-def write_csv(path: Path, columns: Sequence[str], records: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_atomically(path, text.getvalue().encode())
-
-
-def _spread(record: dict[str, Any], name: str) -> str:
-    if f"{name}_mean" not in record:
-        return "–"
-    deviation = record[f"{name}_std"]
-    return f"{record[f'{name}_mean']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-
-
-def _times(record: dict[str, Any], name: str) -> str:
-    value = record.get(f"relative_{name}")
-    return "–" if value is None else f"{value:.2f}"
-
-
-def write_markdown(path: Path, table: Table, race: Race, records: list[dict[str, Any]], command: str) -> None:
-    """The table as a page, with its provenance."""
-    records_of = {record["group"]: [r for r in records if r["group"] == record["group"]] for record in records}
-    lines = [f"# {table.title}", ""]
-    for group, members in records_of.items():
-        metric = next((r["metric"] for r in members if "metric" in r), "test_acc")
-        unit = "test accuracy (%)" if metric == "test_acc" else "test perplexity"
-        target = next((r["target"] for r in members if "target" in r), None)
-        goal = "target" if target is None else f"{target:.2f}"
-        lines += [
-            f"## {group}", "",
-            f"| method | {unit}, last epoch | best epoch (picked on test data) | published | steps to {goal} "
-            f"| seconds to {goal} | time | forward | backward | memory |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for record in members:
-            diverged = record["seeds"] - record["finished"]
-            note = f" ({diverged} of {record['seeds']} diverged)" if diverged else ""
-            reached = record.get("reached", 0)
-            of = f" ({reached} of {record['seeds']})" if 0 < reached < record["seeds"] else ""
-            steps = f"{record['steps_to_target']:.0f}{of}" if reached else "–"
-            seconds = f"{record['seconds_to_target']:.0f}{of}" if reached else "–"
-            published = table.published.get((group, record["method"]), "–")
-            lines.append("| " + " | ".join([
-                record["method"] + note, _spread(record, "last"), _spread(record, "best"), published, steps, seconds,
-                *(_times(record, name) for name in ("seconds", *COSTS)),
-            ]) + " |")
-        lines.append("")
-    facts = [race.record(cell, "args.json") for cell in race.cells]
-    hardware = sorted({f"{f['hardware']['gpu'] or f['hardware']['cpu']}, {f['hardware']['threads']} thread(s) a run"
-                       for f in facts})
-    lines += [
-        "Mean ± standard deviation over the seeds. Time, forward and backward passes and peak memory are relative to "
-        "fixed (text: sgd+val), evaluation left out of the passes. Published figures are the paper's at the last "
-        "epoch, in its own setting; ~ marks those read off its plots.", "",
-        f"Command: `{command}`; seeds 0 to {max(cell.seed for cell in race.cells)}; "
-        f"commit {', '.join(sorted({f['commit'] for f in facts}))}; {'; '.join(hardware)}; "
-        f"torch {', '.join(sorted({f['versions']['torch'] for f in facts}))}.", "",
-    ]
-    write_atomically(path, "\n".join(lines).encode())
-
-
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito's
-
-
-def draw(path: Path, records: list[dict[str, Any]]) -> None:
-    """Training loss, test metric with a band over the seeds, and LR against epochs; a row for every line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = list(dict.fromkeys(record["group"] for record in records))
-    figure, panels = pyplot.subplots(
-        len(groups), 3, figsize=(14, 3.6 * len(groups)), layout="constrained", squeeze=False
-    )
-    for row, group in zip(panels, groups, strict=True):
-        members = [record for record in records if record["group"] == group and "runs" in record]
-        for place, record in enumerate(members):
-            style = {"color": COLOURS[place % len(COLOURS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
-            for panel, column in zip(row, ("train_loss", record["metric"], "lr"), strict=True):
-                length = min(len(run) for run in record["runs"])
-                curves = [[line[column] for line in run[:length]] for run in record["runs"]]
-                middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
-                epochs = range(1, length + 1)
-                panel.plot(epochs, middle, label=record["method"], linewidth=1.4, **style)
-                if column == record["metric"] and len(curves) > 1:
-                    deviation = [statistics.stdev(values) for values in zip(*curves, strict=True)]
-                    low = [m - d for m, d in zip(middle, deviation, strict=True)]
-                    high = [m + d for m, d in zip(middle, deviation, strict=True)]
-                    panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        metric = members[0]["metric"] if members else "test_acc"
-        labels = ("training loss (nats)", "test accuracy (%)" if metric == "test_acc" else "test perplexity",
-                  "learning rate (mean of the epoch)")
-        for panel, label in zip(row, labels, strict=True):
-            panel.set(xlabel="epoch", ylabel=label)
-            panel.xaxis.get_major_locator().set_params(integer=True)
-        row[2].set_yscale("log")
-        if metric == "test_ppl":
-            row[1].set_yscale("log")
-        row[0].set_title(group, loc="left")
-        if members:
-            row[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -512,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     write_csv(folder / "table.csv", RESULT_COLUMNS, records)
     write_csv(folder / "cost.csv", COST_COLUMNS, records)
     command = " ".join(["python tables/tables.py", *(argv if argv is not None else sys.argv[1:])])
-    write_markdown(folder / "table.md", table, race, records, command)
+    write_markdown(folder / "table.md", table.title, table.published, race, records, command)
     draw(folder / "table.png", records)
     print((folder / "table.md").read_text())
     return 0

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from race import Cell, Race
+from report import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tables" / "tables.py"
@@ -103,15 +105,15 @@ def test_a_table_killed_and_started_again_gives_the_same_csv(tmp_path):
     assert one.read_text() == other.read_text()
 
 
-def test_a_table_says_what_its_runs_say(tables, tmp_path):
+def test_a_table_says_what_its_runs_say(tmp_path):
     arguments = {"num-epoch": "2", "dataset": "digits"}
     cells = [
-        tables.Cell("line", method, seed, tuple(arguments.items()))
+        Cell("line", method, seed, tuple(arguments.items()))
         for method in ("fixed", "cosine")
         for seed in (0, 1)
     ]
     accuracies = {"fixed": [(50, 60), (70, 64)], "cosine": [(61, 70), (63, 66)]}
-    race = tables.Race(cells, tmp_path, 1)
+    race = Race(cells, tmp_path, 1)
     for cell in cells:
         folder = tmp_path / cell.name
         folder.mkdir()
@@ -123,7 +125,7 @@ def test_a_table_says_what_its_runs_say(tables, tmp_path):
         (folder / "cost.json").write_text(
             f'{{"steps_per_epoch": 5, "forward_passes": {passes}, "backward_passes": 10, "peak_memory_mib": 100}}'
         )
-    fixed, cosine = tables.summarise(race, None)
+    fixed, cosine = summarise(race, None)
     assert (fixed["last_mean"], fixed["best_mean"], cosine["last_mean"]) == (62, 65, 68)
     assert fixed["last_std"] == pytest.approx(8**0.5)
     assert cosine["target"] == 62 and cosine["reached"] == 2 and cosine["steps_to_target"] == 7.5

@@ -1,0 +1,128 @@
+"""The runs of a table: what each is, and how they are run side by side and taken up again."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils import ROOT, write_atomically
+
+ADAM = ("--optimizer", "adam")
+METHODS: dict[str, tuple[str, ...]] = {  # the arguments of meta-test; "ours (train)" is meta-train's own network
+    "ours (train)": (),
+    "ours (transfer)": ("--schedule", "mlr-snet"),
+    "fixed": ("--schedule", "fixed"),
+    "multistep": ("--schedule", "multistep"),
+    "exponential": ("--schedule", "exponential"),
+    "cosine": ("--schedule", "cosine"),
+    "sgdr": ("--schedule", "sgdr"),
+    "onecycle": ("--schedule", "onecycle"),
+    "adam": ("--schedule", "fixed", *ADAM),
+    "sgd+val": ("--schedule", "val"),
+    "adam+val": ("--schedule", "val", *ADAM),
+    "hd": ("--schedule", "hd"),
+    "hd-adam": ("--schedule", "hd", *ADAM),
+    "rtho": ("--schedule", "rtho"),
+    "l4mom": ("--schedule", "l4mom"),
+    "l4adam": ("--schedule", "l4adam"),
+    "schedule-free": ("--schedule", "schedule-free"),
+    "schedule-free-adamw": ("--schedule", "schedule-free", "--optimizer", "adamw"),
+    "prodigy": ("--schedule", "prodigy", *ADAM),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on one line of the table with one seed."""
+
+    group: str
+    method: str
+    seed: int
+    arguments: tuple[tuple[str, str], ...]
+
+    @property
+    def command(self) -> list[str]:
+        script = "meta-train" if self.method == "ours (train)" else "meta-test"
+        flags = [word for flag, value in self.arguments for word in (f"--{flag}", value)]
+        return [str(ROOT / script / f"{script}.py"), *flags, *METHODS[self.method], "--seed", str(self.seed)]
+
+    @property
+    def name(self) -> str:
+        key = hashlib.sha256(json.dumps([self.method, self.arguments]).encode()).hexdigest()[:8]
+        return "_".join([*f"{self.group} {self.method}".replace("(", "").replace(")", "").split(), key, str(self.seed)])
+
+
+class Race:
+    """Runs cells side by side, each in its own folder; what is done stays done, what was stopped goes on."""
+
+    def __init__(self, cells: list[Cell], folder: Path, jobs: int):
+        self.cells, self.folder, self.jobs = cells, folder, jobs
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)  # processes that fight for the cores are far slower
+        self.processes: list[subprocess.Popen[str]] = []
+        self.stopped = False
+
+    def run(self) -> None:
+        """Run what is not done. ValueError with the script's own line where a cell cannot run."""
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._stop)
+        epochs = {cell: int(dict(cell.arguments)["num-epoch"]) for cell in self.cells}
+        bar = tqdm(total=sum(epochs.values()), unit="epoch", disable=None)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            waiting = [pool.submit(self._run, cell) for cell in self.cells]
+            while not all(future.done() for future in waiting):
+                bar.update(sum(len(self.rows(cell)) for cell in self.cells) - bar.n)
+                time.sleep(0.5)
+        bar.close()
+        for future in waiting:
+            future.result()
+
+    def _run(self, cell: Cell) -> None:
+        out = self.folder / cell.name
+        if self.stopped or (out / "status.json").exists():
+            return
+        command = [sys.executable, *cell.command]
+        if (out / "args.json").exists():
+            command = [*command[:2], "--resume"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        process = subprocess.Popen(
+            [*command, "--out", str(out)], env=environment, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C reaches the cells through _stop alone
+        )
+        self.processes.append(process)
+        errors = (process.communicate()[1].strip().splitlines() or [""])[-1]
+        if process.returncode == 0 or errors.startswith("diverged"):
+            status = {"status": "diverged" if errors.startswith("diverged") else "done", "message": errors}
+            write_atomically(out / "status.json", json.dumps(status).encode())
+        elif not self.stopped:
+            self._stop()
+            raise ValueError(f"{cell.name}: {errors or f'exit status {process.returncode}'}")
+
+    def _stop(self, number: int = 0, frame: Any = None) -> None:
+        self.stopped = True
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()  # it writes a checkpoint
+
+    def rows(self, cell: Cell) -> list[dict[str, float]]:
+        """metrics.csv of a cell so far."""
+        try:
+            lines = csv.DictReader(io.StringIO((self.folder / cell.name / "metrics.csv").read_text()))
+            return [{name: float(value) for name, value in line.items()} for line in lines]
+        except OSError:
+            return []
+
+    def record(self, cell: Cell, name: str) -> dict[str, Any]:
+        """A JSON file of a cell's folder."""
+        return json.loads((self.folder / cell.name / name).read_text())

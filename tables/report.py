@@ -1,0 +1,182 @@
+"""What a table says: figures, costs, a page and a picture, all computed from the run folders."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from race import Cell, Race
+
+from utils import COSTS, write_atomically
+
+
+def summarise(race: Race, target: float | None) -> list[dict[str, Any]]:
+    """One record for every line and method, computed from the run folders."""
+    lines: dict[tuple[str, str], list[Cell]] = {}
+    for cell in race.cells:
+        lines.setdefault((cell.group, cell.method), []).append(cell)
+    records = []
+    for (group, method), cells in lines.items():
+        done = [cell for cell in cells if race.record(cell, "status.json")["status"] == "done"]
+        record: dict[str, Any] = {"group": group, "method": method, "seeds": len(cells), "finished": len(done)}
+        runs = [race.rows(cell) for cell in done]
+        if runs:
+            metric = "test_acc" if "test_acc" in runs[0][0] else "test_ppl"
+            best = max if metric == "test_acc" else min
+            record["metric"] = metric
+            for name, values in (
+                ("last", [rows[-1][metric] for rows in runs]),
+                ("best", [best(row[metric] for row in rows) for rows in runs]),
+            ):
+                record[f"{name}_mean"] = statistics.mean(values)
+                record[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            record["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
+            costs = [race.record(cell, "cost.json") for cell in done]
+            record |= {name: statistics.mean(cost[name] for cost in costs) for name in COSTS}
+            record["steps_per_epoch"] = costs[0]["steps_per_epoch"]
+            record["runs"] = runs
+        records.append(record)
+    for record in records:
+        same = [other for other in records if other["group"] == record["group"] and "runs" in other]
+        basis = next((other for name in ("fixed", "sgd+val") for other in same if other["method"] == name), None)
+        if basis and "runs" in record:
+            for name in ("seconds", *COSTS):
+                record[f"relative_{name}"] = record[name] / basis[name] if basis[name] else None
+            _reach(record, basis["last_mean"] if target is None else target)
+    return records
+
+
+def _reach(record: dict[str, Any], target: float) -> None:
+    """Steps and seconds until the target is met, the mean over the runs that met it."""
+    sign = 1 if record["metric"] == "test_acc" else -1
+    steps, seconds = [], []
+    for rows in record["runs"]:
+        number = next((n for n, row in enumerate(rows, 1) if sign * (row[record["metric"]] - target) >= 0), None)
+        if number is not None:
+            steps.append(number * record["steps_per_epoch"])
+            seconds.append(sum(row["seconds"] for row in rows[:number]))
+    record |= {"target": target, "reached": len(steps)}
+    if steps:
+        record |= {"steps_to_target": statistics.mean(steps), "seconds_to_target": statistics.mean(seconds)}
+
+
+RESULT_COLUMNS = ("group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
+                  "target", "reached", "steps_to_target")
+COST_COLUMNS = ("group", "method", "seconds", "seconds_to_target", *COSTS,
+                *(f"relative_{name}" for name in ("seconds", *COSTS)))
+
+
+def write_csv(path: Path, columns: Sequence[str], records: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_atomically(path, text.getvalue().encode())
+
+
+def _spread(record: dict[str, Any], name: str) -> str:
+    if f"{name}_mean" not in record:
+        return "–"
+    deviation = record[f"{name}_std"]
+    return f"{record[f'{name}_mean']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def _times(record: dict[str, Any], name: str) -> str:
+    value = record.get(f"relative_{name}")
+    return "–" if value is None else f"{value:.2f}"
+
+
+def write_markdown(
+    path: Path,
+    title: str,
+    published: dict[tuple[str, str], str],
+    race: Race,
+    records: list[dict[str, Any]],
+    command: str,
+) -> None:
+    """The table as a page, with the published figures by line and method, and its provenance."""
+    records_of = {record["group"]: [r for r in records if r["group"] == record["group"]] for record in records}
+    lines = [f"# {title}", ""]
+    for group, members in records_of.items():
+        metric = next((r["metric"] for r in members if "metric" in r), "test_acc")
+        unit = "test accuracy (%)" if metric == "test_acc" else "test perplexity"
+        target = next((r["target"] for r in members if "target" in r), None)
+        goal = "target" if target is None else f"{target:.2f}"
+        lines += [
+            f"## {group}", "",
+            f"| method | {unit}, last epoch | best epoch (picked on test data) | published | steps to {goal} "
+            f"| seconds to {goal} | time | forward | backward | memory |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for record in members:
+            diverged = record["seeds"] - record["finished"]
+            note = f" ({diverged} of {record['seeds']} diverged)" if diverged else ""
+            reached = record.get("reached", 0)
+            of = f" ({reached} of {record['seeds']})" if 0 < reached < record["seeds"] else ""
+            steps = f"{record['steps_to_target']:.0f}{of}" if reached else "–"
+            seconds = f"{record['seconds_to_target']:.0f}{of}" if reached else "–"
+            figure = published.get((group, record["method"]), "–")
+            lines.append("| " + " | ".join([
+                record["method"] + note, _spread(record, "last"), _spread(record, "best"), figure, steps, seconds,
+                *(_times(record, name) for name in ("seconds", *COSTS)),
+            ]) + " |")
+        lines.append("")
+    facts = [race.record(cell, "args.json") for cell in race.cells]
+    hardware = sorted({f"{f['hardware']['gpu'] or f['hardware']['cpu']}, {f['hardware']['threads']} thread(s) a run"
+                       for f in facts})
+    lines += [
+        "Mean ± standard deviation over the seeds. Time, forward and backward passes and peak memory are relative to "
+        "fixed (text: sgd+val), evaluation left out of the passes. Published figures are the paper's at the last "
+        "epoch, in its own setting; ~ marks those read off its plots.", "",
+        f"Command: `{command}`; seeds 0 to {max(cell.seed for cell in race.cells)}; "
+        f"commit {', '.join(sorted({f['commit'] for f in facts}))}; {'; '.join(hardware)}; "
+        f"torch {', '.join(sorted({f['versions']['torch'] for f in facts}))}.", "",
+    ]
+    write_atomically(path, "\n".join(lines).encode())
+
+
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito's
+
+
+def draw(path: Path, records: list[dict[str, Any]]) -> None:
+    """Training loss, test metric with a band over the seeds, and LR against epochs; a row for every line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = list(dict.fromkeys(record["group"] for record in records))
+    figure, panels = pyplot.subplots(
+        len(groups), 3, figsize=(14, 3.6 * len(groups)), layout="constrained", squeeze=False
+    )
+    for row, group in zip(panels, groups, strict=True):
+        members = [record for record in records if record["group"] == group and "runs" in record]
+        for place, record in enumerate(members):
+            style = {"color": COLOURS[place % len(COLOURS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
+            for panel, column in zip(row, ("train_loss", record["metric"], "lr"), strict=True):
+                length = min(len(run) for run in record["runs"])
+                curves = [[line[column] for line in run[:length]] for run in record["runs"]]
+                middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
+                epochs = range(1, length + 1)
+                panel.plot(epochs, middle, label=record["method"], linewidth=1.4, **style)
+                if column == record["metric"] and len(curves) > 1:
+                    deviation = [statistics.stdev(values) for values in zip(*curves, strict=True)]
+                    low = [m - d for m, d in zip(middle, deviation, strict=True)]
+                    high = [m + d for m, d in zip(middle, deviation, strict=True)]
+                    panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        metric = members[0]["metric"] if members else "test_acc"
+        labels = ("training loss (nats)", "test accuracy (%)" if metric == "test_acc" else "test perplexity",
+                  "learning rate (mean of the epoch)")
+        for panel, label in zip(row, labels, strict=True):
+            panel.set(xlabel="epoch", ylabel=label)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        row[2].set_yscale("log")
+        if metric == "test_ppl":
+            row[1].set_yscale("log")
+        row[0].set_title(group, loc="left")
+        if members:
+            row[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
