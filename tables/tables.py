@@ -25,7 +25,6 @@ TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "s
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
 
 
-
 @dataclass(frozen=True)
 class Table:
     """Groups of runs; each preset gives the arguments that all share, and `groups` those of one line."""
@@ -49,18 +48,20 @@ TEXT_PRESETS: dict[str, Arguments] = {
 }
 
 
-def _line(paper: tuple[str, str], desk: tuple[str, str], smoke: tuple[str, str]) -> dict[str, dict[str, Arguments]]:
-    """One line, its network and data set under each preset."""
-    choice = {"paper": paper, "desk": desk, "smoke": smoke}
-    return {preset: {" ".join(names): _pair(*names)} for preset, names in choice.items()}
+Pair = tuple[str, str]  # network and data set
 
 
 def _pair(network: str, dataset: str) -> Arguments:
     return {"network": network, "dataset": dataset}
 
 
-def _lines(preset_networks: dict[str, list[tuple[str, str]]]) -> dict[str, dict[str, Arguments]]:
-    return {preset: {" ".join(pair): _pair(*pair) for pair in pairs} for preset, pairs in preset_networks.items()}
+def _lines(**presets: list[Pair]) -> dict[str, dict[str, Arguments]]:
+    """A line for every pair of a preset."""
+    return {preset: {" ".join(pair): _pair(*pair) for pair in pairs} for preset, pairs in presets.items()}
+
+
+def _line(paper: Pair, desk: Pair, smoke: Pair) -> dict[str, dict[str, Arguments]]:
+    return _lines(paper=[paper], desk=[desk], smoke=[smoke])
 
 
 def _varied(preset: dict[str, tuple[Arguments, dict[str, list[str]]]]) -> dict[str, dict[str, Arguments]]:
@@ -118,8 +119,8 @@ TABLES: dict[str, Table] = {
     "networks": Table(
         "The shipped schedules on other networks", TRANSFER,
         {name: {**shared, "momentum": "0.9"} for name, shared in IMAGE_PRESETS.items()},
-        _lines({preset: [(name, data) for name in UNSEEN]
-                for preset, data in (("paper", "cifar10"), ("desk", "cifar10"), ("smoke", "digits"))}),
+        _lines(**{preset: [(name, data) for name in UNSEEN]
+                  for preset, data in (("paper", "cifar10"), ("desk", "cifar10"), ("smoke", "digits"))}),
         {(f"{network} cifar10", method): f"~{figure}" for network, figures in {
             "shufflenetv2": {"ours (transfer)": 91.4, "exponential": 89.5, "multistep": 88.8, "adam": 87.8,
                              "fixed": 87.0, "sgdr": 73.2},
@@ -174,7 +175,8 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], chan
                     arguments["lr"] = "20"  # the usual first rate of SGD with clipped gradients
                 if method in OWN_DIRECTION:
                     arguments.pop("momentum", None)
-                cells.append(Cell(group, method, seed, tuple(arguments.items())))
+                line = f"{arguments['network']} {arguments['dataset']}" if " ".join(own.values()) == group else group
+                cells.append(Cell(line, method, seed, tuple(arguments.items())))
     return cells
 
 
