@@ -140,23 +140,27 @@ def _dot(one: list[Tensor], other: list[Tensor]) -> float:
     return float(torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum())
 
 
+def _positive(lr: float) -> float:
+    return 0.0 if lr < 0 else lr  # a NaN stays one, so that the run ends as diverged
+
+
 class Adaptive(Fixed):
-    """The base of the schedules that change their rate, `lr`, step by step."""
+    """The base of the schedules that change their rate, `lr`, step by step; `remembered` names their state."""
+
+    remembered: tuple[str, ...] = ("num_steps", "lr")
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
         self.lr = self.initial_lr
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name in self.kept_names}
+        return {name: value for name, value in vars(self).items() if name in self.remembered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.optimizer.param_groups[0]["params"][0].device
         for name, value in state.items():
             is_tensors = isinstance(value, (list, tuple))
             setattr(self, name, type(value)(tensor.to(device) for tensor in value) if is_tensors else value)
-
-    kept_names: tuple[str, ...] = ("num_steps", "lr")
 
 
 class HD(Adaptive):
@@ -166,7 +170,7 @@ class HD(Adaptive):
     Hypergradient Descent", 2018.
     """
 
-    kept_names = ("num_steps", "lr", "last")
+    remembered = ("num_steps", "lr", "last")
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int, beta: float):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
@@ -176,7 +180,7 @@ class HD(Adaptive):
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
         if self.last:
-            self.lr = max(0.0, self.lr + self.beta * _dot(self._decayed_gradients(), self.last))
+            self.lr = _positive(self.lr + self.beta * _dot(self._decayed_gradients(), self.last))
         self.last = [direction for _, direction in update_directions(self.optimizer)]
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
@@ -204,7 +208,7 @@ class RTHO(Adaptive):
     """
 
     second_order = True
-    kept_names = ("num_steps", "lr", "along_weights", "along_velocity")
+    remembered = ("num_steps", "lr", "along_weights", "along_velocity")
 
     def __init__(
         self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int, beta: float, network: nn.Module,
@@ -232,7 +236,7 @@ class RTHO(Adaptive):
             with kept(list(self.network.buffers())):
                 value = self.meta.next_loss(self.network)
                 slopes = torch.autograd.grad(value, parameters, materialize_grads=True)
-            self.lr = max(0.0, self.lr - self.beta * _dot(list(slopes), self.along_weights))
+            self.lr = _positive(self.lr - self.beta * _dot(list(slopes), self.along_weights))
         with torch.no_grad():
             whole, taken = (nn.utils.get_total_norm(list(many)) for many in (gradients, _gradients(parameters)))
             clip = taken / whole if whole > 0 else 1.0
@@ -263,7 +267,7 @@ class L4(Adaptive):
 
     adam = False
     fraction = 0.15  # α
-    kept_names = ("num_steps", "lr", "lowest", "first", "second")
+    remembered = ("num_steps", "lr", "lowest", "first", "second")
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
@@ -412,4 +416,6 @@ def build_baseline(
         options["beta"] = beta or (1e-3 if optimizer == "sgd" else 1e-7)
     if schedule == "rtho":
         options |= {"network": network, "meta": MetaStream(task)}
+        if any(isinstance(module, nn.LSTM) for module in network.modules()):
+            torch.backends.cudnn.enabled = False  # its LSTM cannot be differentiated twice
     return built, SCHEDULES[schedule](built, num_epochs, task.steps_per_epoch, **options)

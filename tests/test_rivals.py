@@ -204,3 +204,13 @@ def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ValueError, match="pip install prodigyopt"):
         build_baseline("prodigy", "adam", small_network(), Points(), 2)
+
+
+def test_a_rate_that_is_no_number_does_not_pass_for_zero():
+    network = small_network()
+    schedule = HD(torch.optim.SGD(network.parameters(), lr=0.05), 2, 3, beta=1e-3)
+    drive(schedule, network, 1)
+    for parameter in network.parameters():
+        parameter.grad.fill_(float("nan"))
+    schedule.step(1.0)
+    assert schedule.get_last_lr()[0] != schedule.get_last_lr()[0]
