@@ -8,7 +8,6 @@ optimizer.step().
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.swa_utils import update_bn
 
+from averaging import fresh_statistics
 from directions import check_affine, update_directions
 from utils import MetaStream, build_optimizer, kept, lr_ratios, set_lr
 
@@ -359,9 +358,7 @@ def evaluating(optimizer: Optimizer, network: nn.Module, task: Any) -> Iterator[
         yield
         return
     optimizer.eval()
-    with kept(list(network.buffers())):
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            update_bn(itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch)), network)
+    with fresh_statistics(network, task):
         yield
     optimizer.train()
 

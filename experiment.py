@@ -2,17 +2,19 @@
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from averaging import Average, auto_decay
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
-from utils import ROOT, autocast, number, number_or_auto, pick_device, plain
+from utils import ROOT, autocast, number, number_or_auto, pick_device, plain, save
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None}
@@ -40,6 +42,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0), default=0, help="of weights, data order and meta set (default: 0)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
+    add("--average", action="store_true", help="evaluate and save a running average of the weights, too")
+    add("--average-decay", type=number_or_auto(number(float, 0, 0.9999999)),
+        help="of the running average, per step (default: auto, which reaches back about an epoch, 0.9 to 0.999)")
+    add("--init", type=Path, metavar="FILE", help="begin from a run's network.pth (default: random weights)")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--resume", action="store_true", help="continue the run that lies in --out, with its own arguments")
     images = parser.add_argument_group("images")
@@ -94,6 +100,9 @@ def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults:
     if args.network not in fitting:
         kind = "text" if is_text else "images"
         parser.error(f"--network {args.network} is not for {kind}; for {args.dataset} choose from {', '.join(fitting)}")
+    if not args.average and getattr(args, "meta_point", "lookahead") == "lookahead" and args.average_decay is not None:
+        parser.error("--average-decay belongs to --average or --meta-point average; leave it out")
+    args.average_decay = args.average_decay or "auto"
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
@@ -101,6 +110,47 @@ def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults:
     for name, default in own.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+
+
+def build_average(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
+    """The running average of the weights, where the run asks for one."""
+    if not args.average and getattr(args, "meta_point", "lookahead") == "lookahead":
+        return None
+    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
+
+
+def keeping(average: Average | None, steps: Iterator[Any]) -> Iterator[Any]:
+    """The steps, with the average kept up."""
+    for step in steps:
+        if average:
+            average.update()
+        yield step
+
+
+def metrics_of(
+    args: argparse.Namespace, task: ImageTask | TextTask, network: nn.Module, average: Average | None
+) -> Callable[[float, float], dict[str, float]]:
+    """What makes a row of metrics.csv from the epoch's mean training loss and accuracy."""
+
+    def metrics(loss: float, accuracy: float) -> dict[str, float]:
+        row = task.train_metrics(loss, accuracy) | task.evaluate(network)
+        if average and args.average:
+            name = "test_ppl" if task.perplexity else "test_acc"
+            with average.swapped_in(task):
+                row[f"{name}_average"] = task.evaluate(network)[name]
+        return row
+
+    return metrics
+
+
+def save_networks(
+    args: argparse.Namespace, task: ImageTask | TextTask, network: nn.Module, average: Average | None
+) -> None:
+    """network.pth, and network_average.pth where the run asked for it: what --init takes."""
+    save(args.out / "network.pth", network.state_dict())
+    if average and args.average:
+        with average.swapped_in(task):
+            save(args.out / "network_average.pth", network.state_dict())
 
 
 def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
@@ -115,6 +165,11 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     sizes = {"embed_size": args.embed_size, "dropout": args.dropout} if args.dataset in TEXTS else {}
     torch.manual_seed(args.seed)
     network = build_network(args.network, task.num_classes, **sizes).to(device).to(memory_format=torch.channels_last)
+    if args.init and not args.resume:
+        try:
+            network.load_state_dict(torch.load(args.init, map_location="cpu", weights_only=True))
+        except Exception as error:  # a foreign file fails in many ways; each ends in this one line
+            raise ValueError(f"--init {args.init}: no weights of this network ({type(error).__name__})") from error
     if args.compile:
         network.compile()
     return task, network

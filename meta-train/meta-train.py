@@ -8,8 +8,16 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data import DATASETS  # noqa: E402
-from experiment import add_run_arguments, build, parse_run_arguments  # noqa: E402
-from mlr_snet import MetaMLRSNetLR, MLRSNet, train  # noqa: E402
+from experiment import (  # noqa: E402
+    add_run_arguments,
+    build,
+    build_average,
+    keeping,
+    metrics_of,
+    parse_run_arguments,
+    save_networks,
+)
+from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead, train  # noqa: E402
 from models import NETWORKS  # noqa: E402
 from utils import Run, build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
 
@@ -22,6 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="of Adam on MLR-SNet (default: 1e-3)")
     add("--t-val", "--t_val", type=number_or_auto(number(int, 1)), default=300,
         help="steps between updates of MLR-SNet; auto makes about 80 updates in the run (default: 300)")
+    add("--meta-point", choices=["lookahead", "average"], default="lookahead",
+        help="where the meta gradient is taken: one step ahead, or at the running average of the weights "
+        "(default: lookahead)")
     add("--hidden-size", "--hidden_size", type=number(int, 2), default=50, help="of MLR-SNet (default: 50)")
     add("--num-layers", "--num_layers", type=number(int, 1), default=1, help="of MLR-SNet (default: 1)")
     add_run_arguments(parser)
@@ -35,13 +46,21 @@ def main(argv: list[str] | None = None) -> int:
         net = MLRSNet(args.hidden_size, args.num_layers).to(next(network.parameters()).device)
         optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
-        schedule = MetaMLRSNetLR(optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma)
-        run = Run(args, {"network": network, "optimizer": optimizer, "schedule": schedule}, task.steps_per_epoch)
-    return run.follow(
-        train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry),
-        lambda loss, accuracy: task.train_metrics(loss, accuracy) | task.evaluate(network),
+        average = build_average(args, network, task.steps_per_epoch)
+        point = average if average and args.meta_point == "average" else lookahead
+        schedule = MetaMLRSNetLR(
+            optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma, meta_point=point
+        )
+        parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+        run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
+    status = run.follow(
+        keeping(average, train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry)),
+        metrics_of(args, task, network, average),
         lambda epoch: save(args.out / f"mlr_snet_{epoch}.pth", {k: v.cpu() for k, v in net.state_dict().items()}),
     )
+    if status == 0:
+        save_networks(args, task, network, average)
+    return status
 
 
 if __name__ == "__main__":

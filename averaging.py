@@ -1,0 +1,77 @@
+"""A running average of a network's weights: evaluated beside the live ones, and a point for the meta gradient."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from directions import Update
+from utils import kept
+
+
+def auto_decay(steps_per_epoch: int) -> float:
+    """The β whose average reaches back about an epoch, from 0.9 to 0.999."""
+    return min(max(1 - 1 / steps_per_epoch, 0.9), 0.999)
+
+
+@contextlib.contextmanager
+def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
+    """BatchNorm statistics measured anew on up to 50 training batches; on leaving, the network's own are back."""
+    with kept(list(network.buffers())):
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+            update_bn(itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch)), network)
+        yield
+
+
+class Average:
+    """w̄_t = β·w̄_{t−1} + (1 − β)·w_t, from w̄_0 = w_0; call update() after every step. One copy of the weights.
+
+    As the meta point of a MetaMLRSNetLR it stands for the lookahead point: the meta gradient is taken at
+    w̄_{t+1} = β·w̄_t + (1 − β)·(w_t − lr·d_t), whose derivative in lr is −(1 − β)·d_t. Noise averages out of w̄, so only
+    what lasts counts. hypergradient leaves out the factor 1 − β, to which Adam is blind.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"average decay {decay}: must be at least 0 and below 1")
+        self.network, self.decay = network, decay
+        self.model = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.update()  # the first one copies
+
+    def update(self) -> None:
+        self.model.update_parameters(self.network)
+
+    @contextlib.contextmanager
+    def __call__(self, network: nn.Module, update: Update, lr: float) -> Iterator[nn.Module]:
+        """The network at w̄_{t+1}; on leaving, it is as before, to the bit."""
+        with self._mixed(self.decay):
+            with torch.no_grad():
+                for parameter, direction in update:
+                    parameter.sub_(direction, alpha=(1 - self.decay) * lr)
+            yield network
+
+    @contextlib.contextmanager
+    def swapped_in(self, task: Any) -> Iterator[nn.Module]:
+        """The network at w̄_t, ready to be evaluated; on leaving, it is as before, to the bit."""
+        with self._mixed(1.0), fresh_statistics(self.network, task):
+            yield self.network
+
+    @contextlib.contextmanager
+    def _mixed(self, share: float) -> Iterator[None]:
+        """The network at share·w̄_t + (1 − share)·w_t."""
+        parameters = list(self.network.parameters())
+        with kept(parameters + list(self.network.buffers())):
+            with torch.no_grad():
+                for parameter, mean in zip(parameters, self.model.parameters(), strict=True):
+                    parameter.lerp_(mean, share)
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state)

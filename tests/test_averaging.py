@@ -1,0 +1,99 @@
+"""The running average of the weights, and the meta gradient at it."""
+
+import csv
+import signal
+
+import pytest
+import torch
+from test_mlr_snet import OPTIMIZERS, batch, loss_on, small_network, trained, written_out_direction
+from test_scripts import META_TEST, META_TRAIN, SMALL, call, kill_and_resume, results, run, same
+from torch import nn
+from torch.func import functional_call
+
+from averaging import Average, auto_decay
+from mlr_snet import hypergradient
+
+AVERAGED = [*SMALL, "--num-meta", "100", "--t-val", "2", "--meta-point", "average", "--average"]
+
+
+def shifted_average(network, decay=0.9):
+    """An average that has drifted away from the network's weights."""
+    average = Average(network, decay)
+    with torch.no_grad():
+        for parameter in average.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return average
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hypergradient_at_the_average_equals_autograd_through_the_averaging_step(name):
+    network, optimizer = trained(OPTIMIZERS[name])
+    average = shifted_average(network)
+    slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99), average)
+    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    group, ahead = optimizer.param_groups[0], {}
+    means = dict(average.model.module.named_parameters())
+    for key, parameter in network.named_parameters():
+        direction = written_out_direction(name, group, optimizer.state[parameter], parameter, parameter.grad).detach()
+        ahead[key] = 0.9 * means[key].detach() + 0.1 * (parameter.detach() - lr * direction)
+    images, labels = batch(99)
+    buffers = {key: value.clone() for key, value in network.named_buffers()}
+    nn.functional.cross_entropy(functional_call(network, {**ahead, **buffers}, (images,)), labels).backward()
+    assert (1 - 0.9) * slope.item() == pytest.approx(lr.grad.item(), rel=1e-8)
+
+
+def test_the_meta_point_leaves_the_network_as_it_was_to_the_bit():
+    network, optimizer = trained(OPTIMIZERS["momentum"])
+    before = [tensor.clone() for tensor in network.state_dict().values()]
+    hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99), shifted_average(network))
+    assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
+
+
+def test_the_average_is_the_exponential_one_from_the_first_weights_on():
+    network = small_network()
+    average, weight = Average(network, 0.8), network[0].weight
+    expected = weight.detach().clone()
+    for _ in range(5):
+        with torch.no_grad():
+            weight.add_(torch.randn_like(weight))
+        average.update()
+        expected = 0.8 * expected + 0.2 * weight.detach()
+    torch.testing.assert_close(average.model.module[0].weight.detach(), expected)
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(1, 0.9), (50, 0.98), (10**6, 0.999)])
+def test_the_automatic_decay_reaches_back_about_an_epoch_within_its_limits(steps, decay):
+    assert auto_decay(steps) == pytest.approx(decay)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "average"
+    done = run(META_TRAIN, *AVERAGED, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_killed_run_with_an_average_resumes_to_the_same_end(reference, tmp_path):
+    kill_and_resume(AVERAGED, tmp_path / "killed", signal.SIGKILL)
+    same(results(reference), results(tmp_path / "killed"))
+    one, other = (torch.load(folder / "network_average.pth") for folder in (reference, tmp_path / "killed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_both_networks_can_be_begun_from(reference, tmp_path, capsys):
+    last = list(csv.DictReader((reference / "metrics.csv").open()))[-1]
+    for file, column in (("network.pth", "test_acc"), ("network_average.pth", "test_acc_average")):
+        out = tmp_path / file
+        flags = ["--schedule", "fixed", "--lr", "1e-12", "--num-epoch", "1", "--wd", "0", "--num-meta", "100"]
+        done = call(capsys, META_TEST, *SMALL, *flags, "--average", "--init", reference / file, "--out", out)
+        assert done.returncode == 0, done.stderr
+        row = next(csv.DictReader((out / "metrics.csv").open()))
+        # the weights stand still; the statistics of BatchNorm are measured on other batches
+        assert float(row["test_acc_average"]) == pytest.approx(float(last[column]), abs=15)
+
+
+@pytest.mark.parametrize("arguments", [["--average-decay", "0.9"], ["--init", "none.pth"], ["--average-decay", "1"]])
+def test_arguments_of_the_average_that_cannot_be_are_one_line_and_status_2(tmp_path, capsys, arguments):
+    done = call(capsys, META_TEST, *SMALL, *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "error:" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
