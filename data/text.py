@@ -183,7 +183,7 @@ class TextTask:
                 )
         self.train = Columns(splits["train"], batch_size, seq_len, device)
         self.meta = Columns(splits["valid"], batch_size, seq_len, device)
-        # Deviation: the authors read the test text in one column; ten are far faster, and cost nine cold starts.
+        # Deviation: the authors read the test text in one column; ten are faster, and cost nine cold starts.
         self.valid = Columns(splits["valid"], evaluation_columns, seq_len, device)
         self.test = Columns(splits["test"], evaluation_columns, seq_len, device)
         self.num_classes, self.autocast = len(data.vocabulary), autocast
