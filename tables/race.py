@@ -19,26 +19,30 @@ from tqdm import tqdm
 from utils import ROOT, write_atomically
 
 ADAM = ("--optimizer", "adam")
-METHODS: dict[str, tuple[str, ...]] = {  # the arguments of meta-test; "ours (train)" is meta-train's own network
-    "ours (train)": (),
-    "ours (transfer)": ("--schedule", "mlr-snet"),
-    "fixed": ("--schedule", "fixed"),
-    "multistep": ("--schedule", "multistep"),
-    "exponential": ("--schedule", "exponential"),
-    "cosine": ("--schedule", "cosine"),
-    "sgdr": ("--schedule", "sgdr"),
-    "onecycle": ("--schedule", "onecycle"),
-    "adam": ("--schedule", "fixed", *ADAM),
-    "sgd+val": ("--schedule", "val"),
-    "adam+val": ("--schedule", "val", *ADAM),
-    "hd": ("--schedule", "hd"),
-    "hd-adam": ("--schedule", "hd", *ADAM),
-    "rtho": ("--schedule", "rtho"),
-    "l4mom": ("--schedule", "l4mom"),
-    "l4adam": ("--schedule", "l4adam"),
-    "schedule-free": ("--schedule", "schedule-free"),
-    "schedule-free-adamw": ("--schedule", "schedule-free", "--optimizer", "adamw"),
-    "prodigy": ("--schedule", "prodigy", *ADAM),
+METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
+    "ours (train)": ("meta-train",),
+    "ours (transfer)": ("meta-test", "--schedule", "mlr-snet"),
+    "fixed": ("meta-test", "--schedule", "fixed"),
+    "fixed 0.4": ("meta-test", "--schedule", "fixed", "--lr", "0.4"),
+    "multistep": ("meta-test", "--schedule", "multistep"),
+    "exponential": ("meta-test", "--schedule", "exponential"),
+    "cosine": ("meta-test", "--schedule", "cosine"),
+    "cosine 0.5": ("meta-test", "--schedule", "cosine", "--lr", "0.5"),
+    "sgdr": ("meta-test", "--schedule", "sgdr"),
+    "onecycle": ("meta-test", "--schedule", "onecycle"),
+    "adam": ("meta-test", "--schedule", "fixed", *ADAM),
+    "sgd+val": ("meta-test", "--schedule", "val"),
+    "adam+val": ("meta-test", "--schedule", "val", *ADAM),
+    "hd": ("meta-test", "--schedule", "hd"),
+    "hd-adam": ("meta-test", "--schedule", "hd", *ADAM),
+    "rtho": ("meta-test", "--schedule", "rtho"),
+    "l4mom": ("meta-test", "--schedule", "l4mom"),
+    "l4adam": ("meta-test", "--schedule", "l4adam"),
+    "schedule-free": ("meta-test", "--schedule", "schedule-free"),
+    "schedule-free-adamw": ("meta-test", "--schedule", "schedule-free", "--optimizer", "adamw"),
+    "prodigy": ("meta-test", "--schedule", "prodigy", *ADAM),
+    **{f"{point} {t_val}": ("meta-train", "--meta-point", point, "--t-val", str(t_val))
+       for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)},
 }
 
 
@@ -49,17 +53,17 @@ class Cell:
     group: str
     method: str
     seed: int
-    arguments: tuple[tuple[str, str], ...]
+    arguments: tuple[tuple[str, str], ...]  # flag and value, "" for a flag without one
 
     @property
     def command(self) -> list[str]:
-        script = "meta-train" if self.method == "ours (train)" else "meta-test"
-        flags = [word for flag, value in self.arguments for word in (f"--{flag}", value)]
-        return [str(ROOT / script / f"{script}.py"), *flags, *METHODS[self.method], "--seed", str(self.seed)]
+        script, *own = METHODS[self.method]
+        flags = [word for flag, value in self.arguments for word in ([f"--{flag}", value] if value else [f"--{flag}"])]
+        return [str(ROOT / script / f"{script}.py"), *flags, *own, "--seed", str(self.seed)]
 
     @property
     def name(self) -> str:
-        key = hashlib.sha256(json.dumps([self.method, self.arguments]).encode()).hexdigest()[:8]
+        key = hashlib.sha256(json.dumps([METHODS[self.method], self.arguments]).encode()).hexdigest()[:8]
         return "_".join([*f"{self.group} {self.method}".replace("(", "").replace(")", "").split(), key, str(self.seed)])
 
 

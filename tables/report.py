@@ -26,10 +26,13 @@ def summarise(race: Race, target: float | None) -> list[dict[str, Any]]:
             metric = "test_acc" if "test_acc" in runs[0][0] else "test_ppl"
             best = max if metric == "test_acc" else min
             record["metric"] = metric
-            for name, values in (
-                ("last", [rows[-1][metric] for rows in runs]),
-                ("best", [best(row[metric] for row in rows) for rows in runs]),
-            ):
+            values_of = {
+                "last": [rows[-1][metric] for rows in runs],
+                "best": [best(row[metric] for row in rows) for rows in runs],
+            }
+            if f"{metric}_average" in runs[0][0]:
+                values_of["average"] = [rows[-1][f"{metric}_average"] for rows in runs]
+            for name, values in values_of.items():
                 record[f"{name}_mean"] = statistics.mean(values)
                 record[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
             record["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
@@ -63,6 +66,7 @@ def _reach(record: dict[str, Any], target: float) -> None:
 
 
 RESULT_COLUMNS = ("group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
+                  "average_mean", "average_std",
                   "target", "reached", "steps_to_target")
 COST_COLUMNS = ("group", "method", "seconds", "seconds_to_target", *COSTS,
                 *(f"relative_{name}" for name in ("seconds", *COSTS)))
@@ -106,9 +110,9 @@ def write_markdown(
         goal = "target" if target is None else f"{target:.2f}"
         lines += [
             f"## {group}", "",
-            f"| method | {unit}, last epoch | best epoch (picked on test data) | published | steps to {goal} "
-            f"| seconds to {goal} | time | forward | backward | memory |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| method | {unit}, last epoch | its averaged weights | best epoch (picked on test data) | published "
+            f"| steps to {goal} | seconds to {goal} | time | forward | backward | memory |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for record in members:
             diverged = record["seeds"] - record["finished"]
@@ -119,8 +123,8 @@ def write_markdown(
             seconds = f"{record['seconds_to_target']:.0f}{of}" if reached else "–"
             figure = published.get((group, record["method"]), "–")
             lines.append("| " + " | ".join([
-                record["method"] + note, _spread(record, "last"), _spread(record, "best"), figure, steps, seconds,
-                *(_times(record, name) for name in ("seconds", *COSTS)),
+                record["method"] + note, *(_spread(record, name) for name in ("last", "average", "best")), figure,
+                steps, seconds, *(_times(record, name) for name in ("seconds", *COSTS)),
             ]) + " |")
         lines.append("")
     facts = [race.record(cell, "args.json") for cell in race.cells]
@@ -178,5 +182,36 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
         row[0].set_title(group, loc="left")
         if members:
             row[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
+    """The last test metric of the averaged weights against T_val, for both meta points, beside the others' levels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = list(dict.fromkeys(record["group"] for record in records))
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), layout="constrained", squeeze=False)
+    for panel, group in zip(panels[0], groups, strict=True):
+        members = [record for record in records if record["group"] == group and "average_mean" in record]
+        points: dict[str, list[tuple[int, float, float]]] = {}
+        level = 2
+        for record in members:
+            kind, _, t_val = record["method"].partition(" ")
+            if kind in ("lookahead", "average"):
+                points.setdefault(kind, []).append((int(t_val), record["average_mean"], record["average_std"] or 0.0))
+            else:
+                color = COLOURS[level % len(COLOURS)]
+                panel.axhline(record["average_mean"], color=color, linestyle=":", label=record["method"])
+                level += 1
+        for (kind, values), color in zip(points.items(), COLOURS, strict=False):
+            places, middle, deviation = zip(*values, strict=True)
+            panel.errorbar(places, middle, deviation, color=color, marker="o", capsize=3, label=f"ours ({kind})")
+        panel.set(xscale="log", xlabel="T_val (steps)", ylabel="last epoch, averaged weights", title=group)
+        panel.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,6 +1,7 @@
 """Rerun a table of the paper, or the same race on your own data: every schedule on equal terms, several seeds each."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
 from race import METHODS, Cell, Race  # noqa: E402
-from report import COST_COLUMNS, RESULT_COLUMNS, draw, summarise, write_csv, write_markdown  # noqa: E402
+from report import COST_COLUMNS, RESULT_COLUMNS, draw, draw_t_val, summarise, write_csv, write_markdown  # noqa: E402
 
 from data import TEXTS  # noqa: E402
 from utils import number, user_errors  # noqa: E402
@@ -18,9 +19,13 @@ from utils import number, user_errors  # noqa: E402
 OWN_DIRECTION = (  # make no use of momentum
     "l4mom", "l4adam", *(name for name, flags in METHODS.items() if "--optimizer" in flags),
 )
-STAGE = [name for name in METHODS if name not in ("ours (transfer)", "sgd+val", "adam+val")]
+STAGE = ["ours (train)", "fixed", "multistep", "exponential", "cosine", "sgdr", "onecycle", "adam", "hd", "hd-adam",
+         "rtho", "l4mom", "l4adam", "schedule-free", "schedule-free-adamw", "prodigy"]
 LANGUAGE = ["ours (train)", "sgd+val", "adam+val", "hd", "rtho", "l4adam", "ours (transfer)"]
 TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "sgdr", "adam"]
+
+POINTS = [name for name in METHODS if name.split()[0] in ("lookahead", "average")]
+HORIZON = [*POINTS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
 
@@ -152,6 +157,15 @@ TABLES: dict[str, Table] = {
             "smoke": (_pair("resnet8", "digits"), {"t-val": ["1", "2"], "lr": ["1e-3"]}),
         }),
     ),
+    "horizon": Table(
+        "Where the meta gradient is taken, how often, and for how long a run", HORIZON,
+        {name: {**shared, "average": ""} for name, shared in IMAGE_PRESETS.items()},
+        _varied({
+            "paper": (_pair("resnet", "cifar10"), {"num-epoch": ["50", "100", "200"]}),
+            "desk": (_pair("resnet8", "cifar10"), {"num-epoch": ["10", "30", "60"]}),
+            "smoke": (_pair("resnet8", "digits"), {"num-epoch": ["2", "3"]}),
+        }),
+    ),
     "own": Table(
         "Your own class folders", STAGE, IMAGE_PRESETS,
         _line(("resnet", "folder"), ("resnet8", "folder"), ("resnet8", "folder")),
@@ -162,6 +176,7 @@ TABLES: dict[str, Table] = {
 def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], changes: Arguments) -> list[Cell]:
     """The runs of a table; `changes` are arguments that stand over the preset's."""
     cells = []
+    meta_trains = any(METHODS[name][0] == "meta-train" for name in table.methods)
     for seed in range(seeds):
         for group, own in table.groups[preset].items():
             for method in methods:
@@ -169,7 +184,7 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], chan
                 is_text = arguments["dataset"] in TEXTS
                 if method == "ours (train)":
                     arguments.setdefault("t-val", "300" if preset == "paper" else "auto")
-                if not is_text and "ours (train)" in table.methods:  # all train on what meta-training leaves
+                if not is_text and meta_trains:  # all train on what meta-training leaves
                     arguments["num-meta"] = "100" if preset == "smoke" else "1000"
                 if is_text and method in ("hd", "rtho"):
                     arguments["lr"] = "20"  # the usual first rate of SGD with clipped gradients
@@ -221,9 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     records = summarise(race, args.target)
     write_csv(folder / "table.csv", RESULT_COLUMNS, records)
     write_csv(folder / "cost.csv", COST_COLUMNS, records)
-    command = " ".join(["python tables/tables.py", *(argv if argv is not None else sys.argv[1:])])
+    command = shlex.join(["python", "tables/tables.py", *(argv if argv is not None else sys.argv[1:])])
     write_markdown(folder / "table.md", table.title, table.published, race, records, command)
     draw(folder / "table.png", records)
+    if args.table == "horizon":
+        draw_t_val(folder / "t_val.png", records)
     print((folder / "table.md").read_text())
     return 0
 

@@ -68,7 +68,7 @@ def check(tables, name, out, image_folder, every):
 
 
 NAMES = ["cifar10-resnet", "cifar100-wideresnet", "ptb-lstm2", "ptb-lstm3", "networks", "svhn", "epochs", "t-val",
-         "own"]
+         "horizon", "own"]
 
 
 def test_every_table_is_tested_here(tables):
