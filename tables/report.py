@@ -210,7 +210,8 @@ def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
         for (kind, values), color in zip(points.items(), COLOURS, strict=False):
             places, middle, deviation = zip(*values, strict=True)
             panel.errorbar(places, middle, deviation, color=color, marker="o", capsize=3, label=f"ours ({kind})")
-        panel.set(xscale="log", xlabel="T_val (steps)", ylabel="last epoch, averaged weights", title=group)
+        metric = "test accuracy (%)" if any(r["metric"] == "test_acc" for r in members) else "test perplexity"
+        panel.set(xscale="log", xlabel="T_val (steps)", ylabel=f"{metric}, averaged weights, last epoch", title=group)
         panel.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=110)
