@@ -7,8 +7,8 @@
     θ ← Adam(θ, ∂L_meta/∂lr · γ · ∂A/∂θ)    MetaMLRSNetLR
 
 Symbols: ℓ_t mini-batch training loss; w weights of the task network; θ weights of MLR-SNet; γ the LR scale;
-A in (0, 1) the *fraction*; d_t the base optimizer's update per unit of learning rate (directions.py). Because d_t does not depend on
-θ, the hypergradient is exact without a second-order graph.
+A in (0, 1) the *fraction*; d_t the base optimizer's update per unit of learning rate (directions.py). Because d_t
+does not depend on θ, the hypergradient is exact without a second-order graph.
 
 Source: Shu, Zhu, Zhao, Meng, Xu, "MLR-SNet: Transferable LR Schedules for Heterogeneous Tasks", TPAMI 2022.
 """
