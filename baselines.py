@@ -332,13 +332,13 @@ def _package(name: str, schedule: str) -> Any:
 
 def schedule_free(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """Schedule-free SGD (interpolation 0.9 unless momentum is given) or AdamW. Source: Defazio et al., 2024."""
+    if name == "adam":
+        raise ValueError("--schedule schedule-free works with --optimizer sgd or adamw")
     package = _package("schedulefree", "schedule-free")
     if name == "sgd":
         optimizer = package.SGDScheduleFree(parameters, lr=lr, momentum=momentum or 0.9, weight_decay=weight_decay)
-    elif name == "adamw":
-        optimizer = package.AdamWScheduleFree(parameters, lr=lr, weight_decay=weight_decay)
     else:
-        raise ValueError("--schedule schedule-free works with --optimizer sgd or adamw")
+        optimizer = package.AdamWScheduleFree(parameters, lr=lr, weight_decay=weight_decay)
     optimizer.train()
     return optimizer
 
