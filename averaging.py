@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from directions import Update
-from utils import kept
+from distributed import average_buffers
+from utils import descend, kept
 
 
 def auto_decay(steps_per_epoch: int) -> float:
@@ -24,6 +25,7 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
     with kept(list(network.buffers())):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             update_bn(itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch)), network)
+            average_buffers(network)
         yield
 
 
@@ -46,12 +48,10 @@ class Average:
         self.model.update_parameters(self.network)
 
     @contextlib.contextmanager
-    def __call__(self, network: nn.Module, update: Update, lr: float) -> Iterator[nn.Module]:
+    def __call__(self, network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:
         """The network at w̄_{t+1}; on leaving, it is as before, to the bit."""
         with self._mixed(self.decay):
-            with torch.no_grad():
-                for parameter, direction in update:
-                    parameter.sub_(direction, alpha=(1 - self.decay) * lr)
+            descend(update, (1 - self.decay) * lr)
             yield network
 
     @contextlib.contextmanager

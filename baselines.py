@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from averaging import fresh_statistics
 from directions import check_affine, update_directions
+from distributed import over_ranks
 from utils import MetaStream, build_optimizer, kept, lr_ratios, set_lr
 
 
@@ -42,6 +43,7 @@ class Fixed:
         self.num_steps += 1
 
     def get_last_lr(self) -> list[float]:
+        """The rates of the parameter groups, as last set."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,8 +137,8 @@ def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _dot(one: list[Tensor], other: list[Tensor]) -> float:
-    return float(torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum())
+def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
 
 
 def _positive(lr: float) -> float:
@@ -179,7 +181,7 @@ class HD(Adaptive):
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
         if self.last:
-            self.lr = _positive(self.lr + self.beta * _dot(self._decayed_gradients(), self.last))
+            self.lr = _positive(self.lr + self.beta * float(_dot(self._decayed_gradients(), self.last)))
         self.last = [direction for _, direction in update_directions(self.optimizer)]
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
@@ -229,15 +231,17 @@ class RTHO(Adaptive):
         if not self.along_weights:
             self.along_weights = [torch.zeros_like(parameter) for parameter in parameters]
             self.along_velocity = [torch.zeros_like(parameter) for parameter in parameters]
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-        curved = torch.autograd.grad(gradients, parameters, self.along_weights, materialize_grads=True)  # H·Z₀
+        graph = torch.autograd.grad(loss, parameters, create_graph=True)
+        products = torch.autograd.grad(graph, parameters, self.along_weights, materialize_grads=True)
+        gradients, curved = ([over_ranks(part) for part in many] for many in (graph, products))  # ∇L and H·Z₀
         if self.num_steps:
             with kept(list(self.network.buffers())):
                 value = self.meta.next_loss(self.network)
                 slopes = torch.autograd.grad(value, parameters, materialize_grads=True)
-            self.lr = _positive(self.lr - self.beta * _dot(list(slopes), self.along_weights))
+            slope = over_ranks(_dot(list(slopes), self.along_weights))
+            self.lr = _positive(self.lr - self.beta * float(slope))
         with torch.no_grad():
-            whole, taken = (nn.utils.get_total_norm(list(many)) for many in (gradients, _gradients(parameters)))
+            whole, taken = (nn.utils.get_total_norm(many) for many in (gradients, _gradients(parameters)))
             clip = taken / whole if whole > 0 else 1.0
             momentum, weight_decay = (self.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay"))
             for index, (_, direction) in enumerate(update):
@@ -294,7 +298,7 @@ class L4(Adaptive):
             roots = [(moment / (1 - 0.999**self.num_steps)).sqrt() for moment in self.second]
             directions = [moment / (root + 1e-4) for moment, root in zip(mean, roots, strict=True)]
         self.lowest = min(self.lowest, value)
-        self.lr = self.fraction * (value - 0.9 * self.lowest) / (_dot(mean, directions) + 1e-12)
+        self.lr = self.fraction * (value - 0.9 * self.lowest) / (float(_dot(mean, directions)) + 1e-12)
         self.lowest *= 1 + 1 / 1000
         for parameter, direction in zip(parameters, directions, strict=True):
             parameter.grad = direction.clone()

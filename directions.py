@@ -3,14 +3,13 @@
 Holds for optimizers whose update is affine in the rate; to add one: its equation and a line in DIRECTIONS.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from utils import lr_ratios
+from utils import lr_ratios, on_host
 
 Update = list[tuple[nn.Parameter, Tensor]]  # each parameter with its direction d_t
 
@@ -32,7 +31,7 @@ def _adam_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, 
     if not decoupled:
         gradient = gradient.add(parameter.detach(), alpha=group["weight_decay"])
     beta1, beta2 = group["betas"]
-    step = float(state["step"]) + 1 if state else 1.0
+    step = on_host(state["step"]) + 1 if state else 1.0
     first = gradient * (1 - beta1)
     second = gradient.square() * (1 - beta2)
     if state:
@@ -40,7 +39,7 @@ def _adam_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, 
         second.add_(state["exp_avg_sq"], alpha=beta2)
     if group["amsgrad"] and state:
         second = torch.maximum(second, state["max_exp_avg_sq"])
-    root = second.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    root = second.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     direction = first.div_(1 - beta1**step).div_(root)
     return direction.add_(parameter.detach(), alpha=group["weight_decay"]) if decoupled else direction
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from directions import Update, check_affine, update_directions
-from utils import MetaStream, kept, lr_ratios, set_lr
+from distributed import over_ranks
+from utils import MetaStream, descend, kept, lr_ratios, on_host, set_lr
 
 # Learned on CIFAR-10 images, after 1/200, 1/2 and all of a run; meta-test/provenance.json says how.
 SHIPPED = [Path(__file__).resolve().parent / "meta-test" / f"mlr_snet_{epoch}.pth" for epoch in (1, 100, 200)]
@@ -140,22 +141,20 @@ def load_schedules(paths: Sequence[str | Path]) -> list[MLRSNet]:
 # ---------------------------------------------------------------------------------------------- the hypergradient
 
 @contextmanager
-def lookahead(network: nn.Module, update: Update, lr: float) -> Iterator[nn.Module]:
+def lookahead(network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:
     """The network at ŵ = w − lr·d; on leaving, its parameters and buffers are as before, to the bit."""
     with kept([parameter for parameter, _ in update] + list(network.buffers())):
-        with torch.no_grad():
-            for parameter, direction in update:
-                parameter.sub_(direction, alpha=lr)
+        descend(update, lr)
         yield network
 
 
-MetaPoint = Callable[[nn.Module, Update, float], AbstractContextManager[nn.Module]]
+MetaPoint = Callable[[nn.Module, Update, float | Tensor], AbstractContextManager[nn.Module]]
 
 
 def hypergradient(
     network: nn.Module,
     optimizer: Optimizer,
-    lr: float,
+    lr: float | Tensor,
     meta_loss: Callable[[nn.Module], Tensor],
     meta_point: MetaPoint = lookahead,
 ) -> Tensor:
@@ -163,6 +162,7 @@ def hypergradient(
 
     Call it after the training loss's backward(), before optimizer.step(): d_t comes from the gradients that lie in
     .grad. meta_loss maps the network to a 0-d loss. Parameters, buffers, gradients and the optimizer stay as they are.
+    Under several ranks meta_loss is of this rank's share of the meta batch, and the scalar the mean over all.
     Raises TypeError for an optimizer that is not affine in lr.
     """
     update = update_directions(optimizer)
@@ -174,7 +174,7 @@ def hypergradient(
         for gradient, (_, direction) in zip(gradients, update, strict=True)
         if gradient is not None
     ]
-    return -torch.stack(terms).sum()
+    return -over_ranks(torch.stack(terms).sum())
 
 
 # ---------------------------------------------------------------------------------------------- the schedulers
@@ -215,7 +215,7 @@ class MLRSNetLR:
         self.num_steps = 0
         self.phase = -1
         self.scale = 0.0
-        self.epoch_loss = 0.0
+        self.epoch_loss: float | Tensor = 0.0
         self.state = self.nets[0].initial_state()
 
     @property
@@ -225,19 +225,19 @@ class MLRSNetLR:
     def step(self, loss: float | Tensor) -> None:
         """Set the rate of the step about to be taken from its mini-batch training loss, a 0-d tensor or a number."""
         loss = torch.as_tensor(loss).detach()
-        self._enter(float(loss))
+        self._enter(on_host(loss))
         self._learn(loss)
         with torch.no_grad():
             fraction, self.state = self.net(self._seen(loss), self.state)
-        set_lr(self.optimizer, self.scale * float(fraction))
+        set_lr(self.optimizer, self.scale * on_host(fraction))
         self.num_steps += 1
 
     def _learn(self, loss: Tensor) -> None:
         """Where MetaMLRSNetLR moves θ, before the rate is set."""
 
-    def get_last_lr(self) -> list[float]:
-        """The rates of the parameter groups, as last set."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The rates of the parameter groups, as last set; for a fused optimizer on an accelerator, 0-d tensors."""
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         names = ("num_steps", "phase", "scale", "epoch_loss", "state")
@@ -255,7 +255,7 @@ class MLRSNetLR:
         loss = loss.to(self.state.device)
         return loss / math.log(self.num_classes) if self.perplexity else loss
 
-    def _enter(self, loss: float) -> None:
+    def _enter(self, loss: float | Tensor) -> None:
         """Open an epoch: change the net and the LR scale where a phase begins."""
         epoch, first = divmod(self.num_steps, self.steps_per_epoch)
         if first == 0:
@@ -264,12 +264,13 @@ class MLRSNetLR:
                 self.phase = phase
                 # Deviation: the authors pass over the whole training set for L; the losses at hand serve as well.
                 mean = self.epoch_loss / self.steps_per_epoch if epoch else loss
-                self.scale = self._auto_scale(mean) if self.gamma == "auto" else float(self.gamma)
+                self.scale = self._auto_scale(float(mean)) if self.gamma == "auto" else float(self.gamma)
             self.epoch_loss = 0.0
-        self.epoch_loss += loss
-
+        self.epoch_loss = self.epoch_loss + loss
 
     def _auto_scale(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            return math.nan  # the rate becomes one too, and ends the run as diverged
         if self.perplexity and loss > 100:
             raise FloatingPointError(f"the loss is {loss:.3g} nats at step {self.num_steps + 1}, beyond a perplexity")
         level = math.exp(loss) if self.perplexity else max(loss, 1e-30)  # a loss of 0 leaves nothing to learn
@@ -309,7 +310,7 @@ class MetaMLRSNetLR(MLRSNetLR):
         if (self.num_steps + 1) % self.t_val:
             return
         fraction, _ = self.net(self._seen(loss), self.state)
-        lr = self.scale * float(fraction.detach())
+        lr = self.scale * on_host(fraction)
         slope = hypergradient(self.network, self.optimizer, lr, self.meta.next_loss, self.meta_point)
         self.adam.zero_grad()
         (slope.to(fraction) * self.scale * fraction).backward()
@@ -339,11 +340,14 @@ class Task(Protocol):
     def train_batches(self, start: int) -> Iterator[Any]:
         """The endless stream of batches, each with its number of targets, `size`, from global step `start` on."""
 
-    def meta_batch(self, index: int) -> Any:
-        """The index-th batch of the meta stream."""
+    def meta_batches(self, start: int) -> Iterator[Any]:
+        """The endless stream of meta batches, from number `start` on."""
 
     def loss(self, network: nn.Module, batch: Any, carry: Any) -> tuple[Tensor, Tensor, Any]:
-        """The 0-d loss, the batch's accuracy in %, and what the next batch needs (None for images)."""
+        """The 0-d loss, the batch's accuracy in %, and what the next batch needs (None for images).
+
+        Under several ranks a batch holds this one's share, and the means over the ranks are those of the whole.
+        """
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """The test metrics by name."""
@@ -358,19 +362,22 @@ class Schedule(Protocol):
     second_order: bool  # whether step() differentiates the loss again, so that its graph has to be kept
 
     def step(self, loss: float | Tensor) -> None: ...
-    def get_last_lr(self) -> list[float]: ...
+    def get_last_lr(self) -> Sequence[float | Tensor]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
 class Step:
-    """What one step of the loop reports: `number` counts from 1, accuracy is in %, `size` is the number of targets."""
+    """What one step of the loop reports, for the whole batch: `number` counts from 1, `size` is its number of targets.
+
+    Loss and accuracy (%) are 0-d tensors on the network's device, so that the loop need not wait for them.
+    """
 
     number: int
-    loss: float
-    accuracy: float
-    lr: float
+    loss: Tensor
+    accuracy: Tensor
+    lr: float | Tensor
     size: int
     carry: Any
 
@@ -386,22 +393,17 @@ def train(
 ) -> Iterator[Step]:
     """Train for num_epochs under a schedule and yield every step; `start` and `carry` continue an earlier run.
 
-    Raises FloatingPointError, naming step and rate, when the loss or the rate is not finite; that step is not taken.
+    Whether loss and rate are finite is for the caller to check, who knows when the host can wait for them.
     """
     network.train()
     steps = range(start, num_epochs * task.steps_per_epoch)
     for number, batch in zip(steps, task.train_batches(start), strict=False):
-        loss, accuracy, carry = task.loss(network, batch, carry)  # ℓ_t
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {number + 1}, after LR {schedule.get_last_lr()[0]}")
+        loss, accuracy, carry = task.loss(network, batch, carry)
         optimizer.zero_grad()
         loss.backward(retain_graph=schedule.second_order)
         if task.clip is not None:
             nn.utils.clip_grad_norm_(network.parameters(), task.clip)
-        schedule.step(loss)
-        lr = schedule.get_last_lr()[0]
-        if not math.isfinite(lr):
-            raise FloatingPointError(f"the LR is {lr} at step {number + 1}, at loss {value}")
+        mean = over_ranks(loss.detach())  # ℓ_t
+        schedule.step(loss if schedule.second_order else mean)
         optimizer.step()
-        yield Step(number + 1, value, float(accuracy), lr, batch.size, carry)
+        yield Step(number + 1, mean, over_ranks(accuracy), schedule.get_last_lr()[0], batch.size, carry)

@@ -18,40 +18,68 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from distributed import join, lost_a_rank, num_ranks, of_all_ranks, rank, share_of_carry, whole_carry
+
 ROOT = Path(__file__).resolve().parent
+FETCH_EVERY = 50  # steps between the moments in which an accelerator's figures come to the host
 NO_TOTALS = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}  # of an epoch that begins
 COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart
 
 # ---------------------------------------------------------------------------------------------- learning rates
 
 
+def on_host(value: Tensor) -> float | Tensor:
+    """A 0-d tensor as a number, unless that would make the host wait for an accelerator."""
+    value = value.detach()
+    return float(value) if value.device.type == "cpu" else value
+
+
 def lr_ratios(optimizer: Optimizer) -> list[float]:
     """Each parameter group's initial rate over the largest one. ValueError when all are zero."""
-    rates = [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if "initial_lr" not in group:
+            group["initial_lr"] = float(group["lr"])
+    rates = [group["initial_lr"] for group in optimizer.param_groups]
     if max(rates) <= 0:
         raise ValueError("the optimizer's rates are all zero: give at least one group a positive lr")
     return [rate / max(rates) for rate in rates]
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give the group with the largest initial rate `lr`, and the others their share of it."""
+def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
+    """Give the group with the largest initial rate `lr`, and the others their share of it.
+
+    A rate on an accelerator stays there where the optimizer is fused; other kinds take numbers alone.
+    """
     for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
-        group["lr"] = lr * ratio
+        group["lr"] = (lr if group.get("fused") else float(lr)) * ratio
+
+
+def descend(update: list[tuple[torch.nn.Parameter, Tensor]], lr: float | Tensor) -> None:
+    """w ← w − lr·d for every parameter w and its direction d, in place."""
+    with torch.no_grad():
+        for parameter, direction in update:
+            if isinstance(lr, Tensor):
+                parameter.addcmul_(direction, -lr.to(parameter))
+            else:
+                parameter.sub_(direction, alpha=lr)
 
 
 def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
-    """sgd, adam or adamw; momentum is SGD's."""
+    """sgd, adam or adamw; momentum is SGD's. On CUDA it is fused, so that the rate can stay on the device."""
+    parameters = list(parameters)
+    fused = {"fused": True} if parameters[0].is_cuda else {}
     if name == "sgd":
-        return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return {"adam": Adam, "adamw": AdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
+        return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, **fused)
+    return {"adam": Adam, "adamw": AdamW}[name](parameters, lr=lr, weight_decay=weight_decay, **fused)
 
 
 @contextlib.contextmanager
-def kept(tensors: list[torch.Tensor]) -> Iterator[None]:
+def kept(tensors: list[Tensor]) -> Iterator[None]:
     """What happens inside to the tensors is undone on leaving, to the bit."""
     before = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -66,28 +94,45 @@ class MetaStream:
     """The losses of a task's meta batches one after another, with what is carried from one to the next."""
 
     def __init__(self, task: Any):
-        self.task, self.index, self.carry = task, 0, None
+        self.task, self.index = task, 0
+        self.carry: Any = None
+        self.batches: Iterator[Any] | None = None
 
-    def next_loss(self, network: torch.nn.Module) -> torch.Tensor:
-        loss, _, self.carry = self.task.loss(network, self.task.meta_batch(self.index), self.carry)
+    def next_loss(self, network: torch.nn.Module) -> Tensor:
+        """The loss of the next batch; under several ranks, of this one's share."""
+        if self.batches is None:
+            self.batches = self.task.meta_batches(self.index)
+        loss, _, self.carry = self.task.loss(network, next(self.batches), self.carry)
         self.index += 1
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"index": self.index, "carry": self.carry}
+        return {"index": self.index, "carry": whole_carry(self.carry)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.index, self.carry, self.batches = state["index"], share_of_carry(state["carry"]), None
 
 
 # ---------------------------------------------------------------------------------------------- device and precision
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA where there is one, else the CPU. ValueError for a device that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def pick_device(name: str, deterministic: bool = False) -> torch.device:
+    """auto (CUDA where there is one, else the CPU) or a device that torch names; under torchrun, this rank's.
+
+    Raises ValueError for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch that was built without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not to be had here ({reason}); use --device cpu or auto") from None
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS sums in any order
+        torch.use_deterministic_algorithms(True)
+    return join(torch.device(name))
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
@@ -142,7 +187,9 @@ def user_errors() -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it."""
+    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it. Rank 0 alone writes."""
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -191,11 +238,38 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         "command": sys.argv,
         "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+                     "ranks": num_ranks()},
     }
 
 
 # ---------------------------------------------------------------------------------------------- a run
+
+
+class Log:
+    """What a run shows as it goes: a bar, a line an epoch, TensorBoard events. Only rank 0's does."""
+
+    def __init__(self, folder: Path, num_steps: int, done: int):
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1) if rank() == 0 else None
+        self.bar = tqdm(total=num_steps, initial=done, disable=True if rank() else None, leave=False)
+
+    def step(self, number: int, loss: float, accuracy: float, lr: float) -> None:
+        if self.writer:
+            self.writer.add_scalar("step/loss", loss, number)
+            self.writer.add_scalar("step/lr", lr, number)
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
+
+    def epoch(self, row: dict[str, float]) -> None:
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+            self.bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
 
 
 class Run:
@@ -207,10 +281,14 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, parts: dict[str, Any], steps_per_epoch: int):
         self.args, self.parts, self.steps_per_epoch = args, parts, steps_per_epoch
-        self.step, self.carry = 0, None
+        self.step = 0
+        self.carry: Any = None
         self.rows: list[dict[str, float]] = []
         self.totals = dict(NO_TOTALS)
         self.stop_signal = 0
+        self.last_lr = 0.0
+        on_cpu = next(parts["network"].parameters()).device.type == "cpu"
+        self.fetch_every = 1 if on_cpu else FETCH_EVERY
         self.cost: dict[str, float] = {"steps_per_epoch": steps_per_epoch, **dict.fromkeys(COSTS, 0)}
         self.counting = True
         self.checkpoint = args.out / "checkpoint.pth"
@@ -235,41 +313,40 @@ class Run:
         number of the epoch that has ended, before its checkpoint.
         """
         if self.step == self.args.num_epoch * self.steps_per_epoch:
-            print(f"{self.args.out}: the run is complete")
+            self._say(f"{self.args.out}: the run is complete")
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        writer = SummaryWriter(str(self.args.out), purge_step=self.step + 1)
-        bar = tqdm(total=self.args.num_epoch * self.steps_per_epoch, initial=self.step, disable=None, leave=False)
+        self.log = Log(self.args.out, self.args.num_epoch * self.steps_per_epoch, self.step)
         self.clock = time.perf_counter()
+        taken: list[Any] = []  # steps whose figures are still on the device
         try:
             for step in steps:
                 self.step, self.carry = step.number, step.carry
-                for name in ("loss", "accuracy", "lr"):
-                    self.totals[name] += getattr(step, name) * step.size
-                self.totals["size"] += step.size
-                writer.add_scalar("step/loss", step.loss, step.number)
-                writer.add_scalar("step/lr", step.lr, step.number)
-                bar.update()
-                bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.4f}", acc=f"{step.accuracy:.1f}")
+                taken.append(step)
+                if len(taken) < self.fetch_every and step.number % self.steps_per_epoch:
+                    continue
+                self._fetch(taken)
+                taken.clear()
                 if step.number % self.steps_per_epoch == 0:
                     row = self._end_epoch(step.number // self.steps_per_epoch, metrics)
-                    for name, value in row.items():
-                        writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
-                    bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                    self.log.epoch(row)
                     at_epoch(int(row["epoch"]))
                     self._write_metrics()
                     self.save()
-                if self.stop_signal:
+                if stop_signal := max(of_all_ranks(self.stop_signal)):
                     self._lap()
                     self.save()
-                    bar.write(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
-                    return 128 + self.stop_signal
+                    self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
+                    return 128 + stop_signal
         except FloatingPointError as error:
-            last = f"the checkpoint of step {self.rows[-1]['epoch'] * self.steps_per_epoch}" if self.rows else "none"
-            bar.write(f"diverged: {error}; last good checkpoint: {last}", file=sys.stderr)
+            self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
+            return 1
+        except RuntimeError as error:
+            if not lost_a_rank(error):
+                raise
+            print(f"another rank has ended; {self._last_checkpoint()}; continue with --resume", file=sys.stderr)
             return 1
         finally:
-            bar.close()
-            writer.close()
+            self.log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         self._write_metrics()
@@ -278,10 +355,12 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint: all that continuing needs, to the bit."""
-        state = {name: getattr(self, name) for name in ("step", "carry", "rows", "totals", "cost")}
+        state = {name: getattr(self, name) for name in ("step", "rows", "totals", "cost")}
+        state["carry"] = whole_carry(self.carry)
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
-        state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state["rng"] = of_all_ranks(
+            (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+        )
         save(self.checkpoint, state)
 
     def _load(self) -> None:
@@ -291,11 +370,36 @@ class Run:
                 part.load_state_dict(state["parts"][name])
         except Exception as error:  # a damaged file fails in many ways; each ends in this one line
             raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
-        for name in ("step", "carry", "rows", "totals", "cost"):
+        for name in ("step", "rows", "totals", "cost"):
             setattr(self, name, state[name])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.carry = share_of_carry(state["carry"])
+        if rank() < len(state["rng"]):
+            rng, cuda_rng = state["rng"][rank()]
+            torch.set_rng_state(rng)
+            if cuda_rng is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda_rng)
+
+    def _fetch(self, steps: list[Any]) -> None:
+        """Bring the figures of the steps to the host and log them. FloatingPointError at the first not finite."""
+        for step in steps:
+            loss, accuracy, lr = float(step.loss), float(step.accuracy), float(step.lr)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step.number}, after LR {self.last_lr}")
+            if not math.isfinite(lr):
+                raise FloatingPointError(f"the LR is {lr} at step {step.number}, at loss {loss}")
+            self.last_lr = lr
+            for name, value in (("loss", loss), ("accuracy", accuracy), ("lr", lr)):
+                self.totals[name] += value * step.size
+            self.totals["size"] += step.size
+            self.log.step(step.number, loss, accuracy, lr)
+
+    def _last_checkpoint(self) -> str:
+        last = f"the checkpoint of step {self.rows[-1]['epoch'] * self.steps_per_epoch}" if self.rows else "none"
+        return f"last good checkpoint: {last}"
+
+    def _say(self, text: str, file: Any = None) -> None:
+        if rank() == 0:
+            tqdm.write(text, file=file)
 
     def _count(self, what: str) -> None:
         self.cost[what] += self.counting
@@ -332,6 +436,8 @@ class Run:
 
     def _draw(self) -> None:
         """run.png: training and test loss, accuracy or perplexity, and LR against epochs."""
+        if rank():
+            return
         import matplotlib
 
         matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""Image classification: the data sets, and the task that feeds them to the loop."""
+"""Image classification: the data sets that fit in memory, and the task that feeds any of them to the loop."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.functional import resize
 
+from distributed import num_ranks, share, share_buffers, total_over_ranks
+
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+Plan = Iterator[tuple[Tensor, tuple[int, ...] | None]]  # batches: indices of images, and the key of their augmentation
+
+
+class Split(Protocol):
+    """The images of one split, wherever they lie."""
+
+    labels: Tensor  # (number,) int64, on the device that trains
+
+    def batches(self, plan: Plan) -> Iterator[Tensor]:
+        """This rank's share of every batch of the plan: images (share, 3, height, width), normalised, on the device.
+
+        Where there is a key, they are augmented by randomness that depends on the key alone.
+        """
+
+
+class Data(Protocol):
+    """A data set: its number of classes, and what makes its training and test split."""
+
+    num_classes: int
+
+    def splits(self, device: torch.device, workers: int) -> tuple[Split, Split]: ...
 
 
 @dataclass
@@ -31,6 +57,32 @@ class ImageData:
     num_classes: int
     statistics: tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, in 0 … 1
     augment: bool  # random crop with padding 4, and random flip
+
+    def splits(self, device: torch.device, workers: int) -> tuple["Resident", "Resident"]:
+        return (
+            Resident(self.train_images, self.train_labels, self.statistics, self.augment, device),
+            Resident(self.test_images, self.test_labels, self.statistics, False, device),
+        )
+
+
+class Resident:
+    """A split that lies decoded on the device and is augmented there, a batch at a time."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]], augment: bool,
+        device: torch.device,
+    ):
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in statistics)
+        self.augment, self.device = augment, device
+
+    def batches(self, plan: Plan) -> Iterator[Tensor]:
+        for indices, key in plan:
+            mine, _ = share(len(indices))
+            images = self.images[indices[mine]]
+            if self.augment and key is not None:
+                images = random_crop_and_flip(images, generator_for(*key, device=self.device), len(indices), mine)
+            yield ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 def _from_torchvision(name: str, make: Callable[[bool], Any], root: Path) -> list[Any]:
@@ -137,16 +189,13 @@ def _without(total: int, taken: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    inputs: Tensor  # (batch, 3, height, width), normalised
-    targets: Tensor  # (batch,)
-
-    @property
-    def size(self) -> int:
-        return len(self.targets)
+    inputs: Tensor  # (share, 3, height, width), normalised; this rank's share of the batch
+    targets: Tensor  # (share,); −100 for one that does not count
+    size: int  # of the whole batch
 
 
 class ImageTask:
-    """Image classification as the loop meets it; the data lie decoded on the device and are augmented there.
+    """Image classification as the loop meets it.
 
     Meta images are class-balanced, seeded, and disjoint from the training images. Batches depend on the seed and the
     step alone. Raises ValueError for sizes that the data set cannot give.
@@ -157,7 +206,7 @@ class ImageTask:
 
     def __init__(
         self,
-        data: ImageData,
+        data: Data,
         *,
         seed: int,
         batch_size: int,
@@ -166,107 +215,116 @@ class ImageTask:
         limit_test: int | None = None,
         device: torch.device,
         autocast: Callable[[], Any] = contextlib.nullcontext,
+        workers: int = 0,
     ):
-        total = len(data.train_labels)
-        if batch_size < 1:
-            raise ValueError(f"batch size {batch_size}: must be at least 1")
+        self.train, self.test = data.splits(device, workers)
+        labels, test_labels = self.train.labels.cpu(), self.test.labels.cpu()
+        total = len(labels)
+        if batch_size < num_ranks():
+            raise ValueError(f"batch size {batch_size}: must be at least {num_ranks()}, one for every rank")
         if not 0 <= num_meta < total:
             raise ValueError(f"--num-meta {num_meta}: the training data hold {total} images; leave some to train on")
         if limit_train is not None and not 1 <= limit_train <= total - num_meta:
             raise ValueError(f"--limit-train {limit_train}: from 1 to {total - num_meta} images are left to train on")
-        if limit_test is not None and not 1 <= limit_test <= len(data.test_labels):
-            raise ValueError(f"--limit-test {limit_test}: from 1 to {len(data.test_labels)} test images are there")
+        if limit_test is not None and not 1 <= limit_test <= len(test_labels):
+            raise ValueError(f"--limit-test {limit_test}: from 1 to {len(test_labels)} test images are there")
         generator = generator_for(seed, 1)
-        self.meta_indices = balanced_sample(data.train_labels, torch.arange(total), num_meta, generator)
-        rest = _without(total, self.meta_indices)
-        self.train_indices = rest
+        self.meta_indices = balanced_sample(labels, torch.arange(total), num_meta, generator)
+        self.train_indices = _without(total, self.meta_indices)
         if limit_train is not None:
-            self.train_indices = balanced_sample(data.train_labels, rest, limit_train, generator)
-        tests = torch.arange(len(data.test_labels))
+            self.train_indices = balanced_sample(labels, self.train_indices, limit_train, generator)
+        self.test_indices = torch.arange(len(test_labels))
         if limit_test is not None:
-            tests = balanced_sample(data.test_labels, tests, limit_test, generator_for(0, 2))
-        self.images = data.train_images.to(device)
-        self.labels = data.train_labels.to(device)
-        self.test_images, self.test_labels = data.test_images[tests].to(device), data.test_labels[tests].to(device)
-        self.num_classes, self.augment = data.num_classes, data.augment
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in data.statistics)
-        self.seed, self.batch_size, self.device, self.autocast = seed, batch_size, device, autocast
+            self.test_indices = balanced_sample(test_labels, self.test_indices, limit_test, generator_for(0, 2))
+        self.num_classes, self.seed, self.batch_size = data.num_classes, seed, batch_size
+        self.device, self.autocast = device, autocast
         self.steps_per_epoch = -(-len(self.train_indices) // batch_size)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of training batches from global step `start` on; every epoch has its own order."""
-        epoch, first = divmod(start, self.steps_per_epoch)
-        while True:
-            order = self._order(self.train_indices, 3, epoch)
-            for index in range(first, self.steps_per_epoch):
-                chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-                yield self._batch(chosen, generator_for(self.seed, 4, epoch, index, device=self.device))
-            epoch, first = epoch + 1, 0
+        return self._batches(self.train, self._train_plan(start))
 
-    def meta_batch(self, index: int) -> Batch:
-        """The index-th batch of the endless stream over the meta images."""
-        size = min(self.batch_size, len(self.meta_indices))
-        lap, place = divmod(index, len(self.meta_indices) // size)
-        chosen = self._order(self.meta_indices, 5, lap)[place * size : (place + 1) * size]
-        return self._batch(chosen, generator_for(self.seed, 6, index, device=self.device))
+    def meta_batches(self, start: int) -> Iterator[Batch]:
+        """The endless stream of meta batches from number `start` on."""
+        return self._batches(self.train, self._meta_plan(start))
 
     def loss(self, network: nn.Module, batch: Batch, carry: Any) -> tuple[Tensor, Tensor, Any]:
         """Mean cross-entropy (0-d), the batch's accuracy in %, and the carry, of which images make no use."""
         with self.autocast():
             logits = network(batch.inputs)
-        accuracy = 100 * (logits.detach().argmax(1) == batch.targets).float().mean()
-        return functional.cross_entropy(logits.float(), batch.targets), accuracy, carry
+        number = batch.size / num_ranks()  # so that the mean over the ranks is the whole batch's
+        accuracy = 100 * ((logits.detach().argmax(1) == batch.targets).sum() / number)
+        return functional.cross_entropy(logits.float(), batch.targets, reduction="sum") / number, accuracy, carry
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Mean loss and accuracy (%) over the test images; the network's mode is restored."""
-        loss, accuracy = self._measure(network, self.test_images, self.test_labels)
+        loss, accuracy = self._measure(network, self.test, self.test_indices)
         return {"test_loss": loss, "test_acc": accuracy}
 
     def validate(self, network: nn.Module) -> float:
         """Mean loss over the meta images, without augmentation. ValueError where there are none."""
         if not len(self.meta_indices):
             raise ValueError("no meta images to validate on; set some aside with num_meta")
-        return self._measure(network, self.images[self.meta_indices], self.labels[self.meta_indices])[0]
+        return self._measure(network, self.train, self.meta_indices)[0]
 
     def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """The epoch's training columns from its mean loss and accuracy (%)."""
         return {"train_loss": loss, "train_acc": accuracy}
 
     @torch.no_grad()
-    def _measure(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def _measure(self, network: nn.Module, split: Split, indices: Tensor) -> tuple[float, float]:
         training = network.training
         network.eval()
+        share_buffers(network)
         loss = correct = 0.0
-        for inputs, targets in zip(images.split(500), labels.split(500), strict=True):
+        for batch in self._batches(split, ((part, None) for part in indices.to(self.device).split(500))):
             with self.autocast():
-                logits = network(self._normalised(inputs))
-            loss += functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-            correct += (logits.argmax(1) == targets).sum().item()
+                logits = network(batch.inputs)
+            loss += functional.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
+            correct += (logits.argmax(1) == batch.targets).sum().item()
         network.train(training)
-        return loss / len(labels), 100 * correct / len(labels)
+        loss, correct = total_over_ranks(loss, correct)
+        return loss / len(indices), 100 * correct / len(indices)
+
+    def _train_plan(self, start: int) -> Plan:
+        epoch, first = divmod(start, self.steps_per_epoch)
+        while True:
+            parts = self._order(self.train_indices, 3, epoch).split(self.batch_size)
+            for index in range(first, self.steps_per_epoch):
+                yield parts[index], (self.seed, 4, epoch, index)
+            epoch, first = epoch + 1, 0
+
+    def _meta_plan(self, start: int) -> Plan:
+        size = min(self.batch_size, len(self.meta_indices))
+        for index in itertools.count(start):
+            lap, place = divmod(index, len(self.meta_indices) // size)
+            yield self._order(self.meta_indices, 5, lap).split(size)[place], (self.seed, 6, index)
 
     def _order(self, indices: Tensor, *key: int) -> Tensor:
         return indices[torch.randperm(len(indices), generator=generator_for(self.seed, *key))].to(self.device)
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-    def _batch(self, chosen: Tensor, generator: torch.Generator) -> Batch:
-        images = self.images[chosen]
-        if self.augment:
-            images = random_crop_and_flip(images, generator)
-        return Batch(self._normalised(images), self.labels[chosen])
+    def _batches(self, split: Split, plan: Plan) -> Iterator[Batch]:
+        plan, again = itertools.tee(plan)  # a split may read ahead of what it gives
+        for (indices, _), inputs in zip(again, split.batches(plan), strict=False):
+            mine, is_spare = share(len(indices))
+            targets = split.labels[indices[mine]]
+            yield Batch(inputs, targets.fill_(-100) if is_spare else targets, len(indices))
 
 
-def random_crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Each image (batch, 3, h, w) moved by up to `padding` pixels over black, and mirrored in half of the cases."""
-    number, _, height, width = images.shape
+def random_crop_and_flip(
+    images: Tensor, generator: torch.Generator, number: int, mine: slice, padding: int = 4
+) -> Tensor:
+    """Each image (share, 3, h, w) moved by up to `padding` pixels over black, and mirrored in half of the cases.
+
+    The images are the part `mine` of a batch of `number`, and are treated as they would be in the whole batch.
+    """
+    _, _, height, width = images.shape
     where: dict[str, Any] = {"generator": generator, "device": images.device}
-    down, right = torch.randint(2 * padding + 1, (2, number, 1), **where)
-    flip = torch.rand(number, 1, **where) < 0.5
-    columns = torch.arange(width, device=images.device).expand(number, width)
-    columns = right + torch.where(flip, width - 1 - columns, columns)  # (batch, width)
-    rows = down + torch.arange(height, device=images.device)  # (batch, height)
+    down, right = torch.randint(2 * padding + 1, (2, number, 1), **where)[:, mine]
+    flip = torch.rand(number, 1, **where)[mine] < 0.5
+    columns = torch.arange(width, device=images.device).expand(len(images), width)
+    columns = right + torch.where(flip, width - 1 - columns, columns)  # (share, width)
+    rows = down + torch.arange(height, device=images.device)  # (share, height)
     padded = functional.pad(images, (padding,) * 4)
-    first = torch.arange(number, device=images.device)[:, None, None]
+    first = torch.arange(len(images), device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[first, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

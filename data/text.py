@@ -1,6 +1,7 @@
 """Language modelling: the data sets, and the task that feeds them to the loop."""
 
 import contextlib
+import itertools
 import math
 import re
 import sys
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
+
+from distributed import num_ranks, share, total_over_ranks
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -115,9 +118,9 @@ def pydoc(root: Path, tokens: str) -> TextData:
 
 
 class Batch(NamedTuple):
-    inputs: Tensor  # (length, columns) token indices
+    inputs: Tensor  # (length, columns) token indices; the columns are this rank's share
     targets: Tensor  # (length, columns), the tokens that follow; −100 where a column has ended
-    size: int  # the number of targets that count
+    size: int  # the number of targets that count, those of all ranks
     first: bool  # whether the text begins here, with a state of zeros
 
 
@@ -133,10 +136,12 @@ class Columns:
         rows = -(-total // number)
         place = edges[:-1] + torch.arange(rows)[:, None]  # (rows, columns)
         ended = place >= edges[1:]
+        self.number, self.length = number, length
+        self.missing = int(ended.sum())  # all of the missing lie in the last row
         place.clamp_(max=total - 1)
-        self.inputs = ids[place].to(device)
-        self.targets = ids[place + 1].masked_fill(ended, -100).to(device)
-        self.length, self.missing = length, int(ended.sum())  # all of the missing lie in the last row
+        mine, is_spare = share(number)
+        self.inputs = ids[place[:, mine]].to(device)
+        self.targets = ids[place[:, mine] + 1].masked_fill(ended[:, mine] | is_spare, -100).to(device)
         self.num_pieces = -(-rows // length)
 
     def piece(self, index: int) -> Batch:
@@ -144,7 +149,7 @@ class Columns:
         place = index % self.num_pieces
         rows = slice(place * self.length, (place + 1) * self.length)
         targets = self.targets[rows]
-        size = targets.numel() - (self.missing if place == self.num_pieces - 1 else 0)
+        size = len(targets) * self.number - (self.missing if place == self.num_pieces - 1 else 0)
         return Batch(self.inputs[rows], targets, size, first=place == 0)
 
 
@@ -171,6 +176,8 @@ class TextTask:
         evaluation_columns: int = 10,
     ):
         splits = {"train": data.train, "valid": data.valid, "test": data.test}
+        if batch_size < num_ranks():
+            raise ValueError(f"batch size {batch_size}: must be at least {num_ranks()}, one for every rank")
         for flag, split, limit in (("train", "train", limit_train), ("test", "test", limit_test)):
             if limit is not None and not 1 <= limit < len(splits[split]):
                 raise ValueError(f"--limit-{flag} {limit}: from 1 to {len(splits[split]) - 1} tokens are there")
@@ -191,13 +198,11 @@ class TextTask:
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of training batches from global step `start` on, over and over the text."""
-        while True:
-            yield self.train.piece(start)
-            start += 1
+        return map(self.train.piece, itertools.count(start))
 
-    def meta_batch(self, index: int) -> Batch:
-        """The index-th batch of the endless stream over the validation text."""
-        return self.meta.piece(index)
+    def meta_batches(self, start: int) -> Iterator[Batch]:
+        """The endless stream of batches of the validation text, over and over, from number `start` on."""
+        return map(self.meta.piece, itertools.count(start))
 
     def loss(self, network: nn.Module, batch: Batch, carry: Any) -> tuple[Tensor, Tensor, Any]:
         """Mean negative log-likelihood (0-d), the share of tokens guessed in %, and the detached state to carry on."""
@@ -208,8 +213,10 @@ class TextTask:
         with self.autocast():
             logits, carry = network(batch.inputs, carry)
         logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
-        accuracy = 100 * (logits.detach().argmax(1) == targets).sum() / batch.size
-        return functional.cross_entropy(logits, targets), accuracy, tuple(state.detach() for state in carry)
+        number = batch.size / num_ranks()  # so that the mean over the ranks is the whole batch's
+        accuracy = 100 * (logits.detach().argmax(1) == targets).sum() / number
+        loss = functional.cross_entropy(logits, targets, reduction="sum") / number
+        return loss, accuracy, tuple(state.detach() for state in carry)
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Perplexity on the validation and the test text, each over all of its tokens; the mode is restored."""
@@ -233,10 +240,10 @@ class TextTask:
         for index in range(columns.num_pieces):
             batch = columns.piece(index)
             loss, _, carry = self.loss(network, batch, carry)
-            total += loss.item() * batch.size
+            total += loss.item() * batch.size / num_ranks()
             number += batch.size
         network.train(training)
-        return total / number
+        return total_over_ranks(total)[0] / number
 
 
 def perplexity(loss: float) -> float:

@@ -9,6 +9,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline, evaluating  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
+from distributed import data_parallel  # noqa: E402
 from experiment import (  # noqa: E402
     add_run_arguments,
     build,
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         with evaluating(optimizer, network, task):
             return measure(loss, accuracy)
 
-    steps = train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry)
+    steps = train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry)
     status = run.follow(keeping(average, steps), metrics)
     if status == 0:
         with evaluating(optimizer, network, task):

@@ -8,6 +8,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data import DATASETS  # noqa: E402
+from distributed import data_parallel  # noqa: E402
 from experiment import (  # noqa: E402
     add_run_arguments,
     build,
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
         run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
     status = run.follow(
-        keeping(average, train(network, task, optimizer, schedule, args.num_epoch, run.step, run.carry)),
+        keeping(average, train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry)),
         metrics_of(args, task, network, average),
         lambda epoch: save(args.out / f"mlr_snet_{epoch}.pth", {k: v.cpu() for k, v in net.state_dict().items()}),
     )

@@ -96,6 +96,8 @@ class ReductionCell(nn.Module):
 class NASNetA(nn.Module):
     """NASNet-A (repeats, 2, channels): images (batch, 3, h, w) -> logits (batch, classes)."""
 
+    has_unused_parameters = True  # cells hold both ways of fitting and use one
+
     def __init__(self, repeats: int, channels: int, num_classes: int):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))

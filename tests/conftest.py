@@ -1,6 +1,7 @@
-"""Long tests are skipped unless asked for."""
+"""Long tests are skipped unless asked for, and those of a GPU where there is none."""
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -8,7 +9,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

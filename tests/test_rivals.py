@@ -1,5 +1,7 @@
 """The schedules that follow gradients, against autograd through the unrolled steps and by hand."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -20,8 +22,8 @@ class Points:
     def points(seed):
         return torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    def meta_batch(self, index):
-        return self.points(1000 + index)
+    def meta_batches(self, start):
+        return map(self.points, itertools.count(1000 + start))
 
     def loss(self, network, batch, carry):
         return (network(batch) - batch.sin().sum(1, keepdim=True)).square().mean(), torch.tensor(0.0), carry

@@ -1,5 +1,6 @@
 """Language modelling: its data, its exact perplexity, its carried state, and its hypergradient."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -98,8 +99,10 @@ def test_training_batches_carry_the_state_within_an_epoch_and_begin_anew():
 def test_the_meta_stream_cycles_over_the_validation_text():
     task = small_task()
     lap = task.meta.num_pieces
-    assert [task.meta_batch(index).first for index in range(lap + 2)] == [True] + [False] * (lap - 1) + [True, False]
-    assert torch.equal(task.meta_batch(1).targets, task.meta_batch(lap + 1).targets)
+    batches = list(itertools.islice(task.meta_batches(0), lap + 2))
+    assert [batch.first for batch in batches] == [True] + [False] * (lap - 1) + [True, False]
+    assert torch.equal(batches[1].targets, batches[lap + 1].targets)
+    assert torch.equal(batches[3].targets, next(task.meta_batches(3)).targets)
 
 
 def test_hypergradient_equals_autograd_through_the_lookahead_with_clip_carry_and_dropout_mask():

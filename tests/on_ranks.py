@@ -1,0 +1,90 @@
+"""What test_distributed.py starts under torchrun or alone: short runs in double precision, their ends in a file a rank.
+
+    on_ranks.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from averaging import Average  # noqa: E402
+from baselines import build_baseline  # noqa: E402
+from data import build_task  # noqa: E402
+from data.text import TextData, TextTask  # noqa: E402
+from distributed import data_parallel, join, num_ranks, rank, whole_carry  # noqa: E402
+from mlr_snet import MetaMLRSNetLR, MLRSNet, train  # noqa: E402
+from models import build_network  # noqa: E402
+from utils import build_optimizer  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class Double(nn.Module):
+    """A network without BatchNorm that takes single precision and computes in double."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 10)).double()
+
+    def forward(self, images):
+        return self.layers(images.double())
+
+
+def images():
+    # 61 images in batches of 20: the last batch has a single one, for two ranks
+    task = build_task("digits", Path(), batch_size=20, num_meta=31, limit_train=61, limit_test=41, device=CPU)
+    task.train.augment = True
+    torch.manual_seed(0)
+    return task, Double()
+
+
+def text():
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(9, (number,), generator=generator) for number in (200, 90, 98)]
+    task = TextTask(TextData(*ids, list("abcdefghi")), batch_size=3, seq_len=7, device=CPU, evaluation_columns=3)
+    torch.manual_seed(0)
+    return task, build_network("lstm2", 9, embed_size=6, dropout=0.0).double()
+
+
+def end_of(make, schedule_name):
+    """Three epochs: the rates, the weights, θ, and the test metrics."""
+    task, network = make()
+    net = MLRSNet(6).double()
+    average = None
+    if schedule_name in ("lookahead", "average"):
+        optimizer = build_optimizer("sgd", network.parameters(), 1.0, 0.5, 0.01)
+        options = {}
+        if schedule_name == "average":
+            average = Average(network, 0.9)
+            options = {"meta_point": average}
+        schedule = MetaMLRSNetLR(optimizer, net, network, task, 3, t_val=1, lr=0.01, **options)
+    else:
+        optimizer, schedule = build_baseline(schedule_name, "sgd", network, task, 3, 0.1)
+    steps = []
+    for step in train(data_parallel(network), task, optimizer, schedule, 3):
+        if average:
+            average.update()
+        steps.append(step)
+    carry = whole_carry(steps[-1].carry)
+    return {
+        "numbers": torch.tensor([[step.lr, step.loss, step.accuracy] for step in steps], dtype=torch.float64),
+        "weights": torch.cat([parameter.detach().flatten() for parameter in network.parameters()]),
+        "theta": torch.cat([parameter.detach().flatten() for parameter in net.parameters()]),
+        "metrics": torch.tensor(list(task.evaluate(network).values()), dtype=torch.float64),
+        "carry": torch.cat([state.flatten() for state in carry]) if carry else torch.zeros(1),
+    }
+
+
+RUNS = {images: ("lookahead", "average", "hd", "l4mom", "rtho"), text: ("lookahead", "average", "rtho", "val")}
+
+if __name__ == "__main__":
+    join(CPU)
+    ends = {}
+    for make, schedule_names in RUNS.items():
+        for schedule_name in schedule_names:
+            ends[f"{schedule_name} {make.__name__}"] = end_of(make, schedule_name)
+    torch.save(ends, Path(sys.argv[1]) / f"{rank()}_of_{num_ranks()}.pth")

@@ -1,0 +1,118 @@
+"""What makes an accelerator fast: nothing waits for the host, nothing is compiled twice."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import directions
+import mlr_snet
+from averaging import Average
+from baselines import build_baseline
+from data import build_task
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
+from models import build_network
+from utils import build_optimizer, descend
+
+CPU = torch.device("cpu")
+
+
+class NoNumbers(TorchDispatchMode):
+    """Forbids to make a number of a tensor, for which an accelerator would be waited for."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator is not torch.ops.aten._local_scalar_dense.default, "the host waits"
+        return operator(*args, **(kwargs or {}))
+
+
+def digits(device=CPU, **options):
+    return build_task("digits", Path(), batch_size=16, num_meta=20, limit_train=64, device=device, **options)
+
+
+def parts(kind, task, fused, device=CPU):
+    """The optimizer, fused as on CUDA if asked for, and the schedule of that kind."""
+    torch.manual_seed(0)
+    network, net = build_network("resnet8", 10).to(device), MLRSNet(6).to(device)
+    optimizer = build_optimizer("adam" if kind == "adam" else "sgd", network.parameters(), 1.0, 0.0, 0.01)
+    if fused:
+        optimizer = type(optimizer)(network.parameters(), lr=1.0, weight_decay=0.01, fused=True)
+    if kind == "meta-test":
+        return network, optimizer, MLRSNetLR(optimizer, [net], 10, 2, 4)
+    if kind in ("cosine", "fixed"):
+        return network, *build_baseline(kind, "sgd", network, task, 2, 0.1)
+    point = Average(network, 0.9) if kind == "average" else lookahead
+    gamma = 0.01 if kind == "adam" else "auto"
+    schedule = MetaMLRSNetLR(optimizer, net, network, task, 2, 1, gamma=gamma, meta_point=point)
+    if fused:  # torch's other Adam counts its steps on the host, which no accelerator is waited for
+        schedule.adam = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
+    return network, optimizer, schedule
+
+
+KINDS = ["meta-test", "lookahead", "adam", "average", "cosine"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatch):
+    if kind != "cosine":
+        for module in (mlr_snet, directions):  # as if the tensors lay on an accelerator
+            monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
+    task = digits()
+    steps = train(*_loop(parts(kind, task, fused=True), task))
+    for _ in range(3):
+        next(steps)  # the first sets γ
+    with NoNumbers():
+        taken = [next(steps) for _ in range(3)]
+    assert all(0 < float(step.lr) < 1 and torch.is_tensor(step.loss) for step in taken)
+
+
+def _loop(built, task):
+    network, optimizer, schedule = built
+    return network, task, optimizer, schedule, 2
+
+
+@pytest.mark.parametrize("kind", ["meta-test", "lookahead", "adam", "average"])
+def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, monkeypatch):
+    task = digits()
+    host = [(step.lr, float(step.loss)) for step in train(*_loop(parts(kind, task, fused=False), task))]
+    for module in (mlr_snet, directions):
+        monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
+    device = [(float(step.lr), float(step.loss)) for step in train(*_loop(parts(kind, task, fused=True), task))]
+    assert [value for pair in device for value in pair] == pytest.approx([v for pair in host for v in pair], rel=2e-3)
+
+
+def test_a_rate_that_is_a_tensor_moves_the_weights_as_a_number_does():
+    weights, directions_ = torch.randn(2, 5, dtype=torch.float64)
+    one, other = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.clone())
+    descend([(one, directions_)], 0.3)
+    descend([(other, directions_)], torch.tensor(0.3, dtype=torch.float64))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_compiled_network_is_not_compiled_again_from_step_to_step():
+    from torch._dynamo.testing import CompileCounter
+
+    task, counter = digits(), CompileCounter()
+    network, optimizer, schedule = parts("lookahead", task, fused=False)
+    network.compile(backend=counter)
+    steps = train(network, task, optimizer, schedule, 2)
+    next(steps)
+    compiled = counter.frame_count
+    assert compiled > 0
+    rates = [next(steps).lr for _ in range(3)]
+    assert counter.frame_count == compiled and len(set(rates)) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_call_of_a_steady_step_waits_for_the_gpu(kind):
+    device = torch.device("cuda")
+    task = digits(device)
+    steps = train(*_loop(parts(kind, task, fused=False, device=device), task))
+    for _ in range(3):
+        next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

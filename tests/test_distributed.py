@@ -1,0 +1,89 @@
+"""Two ranks on the CPU: equal to each other to the bit, and to one process; a rank that dies ends the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from on_ranks import RUNS
+from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, ROOT, SMALL, TRAIN, results, run
+
+from distributed import share
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(*command):
+    command = [*TWO, *map(str, command)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    folder, script = tmp_path_factory.mktemp("ranks"), ROOT / "tests" / "on_ranks.py"
+    process = start(script, folder)
+    alone = run(script, folder)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert alone.returncode == 0, alone.stderr
+    return [torch.load(folder / f"{name}.pth") for name in ("0_of_2", "1_of_2", "0_of_1")]
+
+
+@pytest.mark.parametrize("name", [f"{name} {make.__name__}" for make, names in RUNS.items() for name in names])
+def test_two_ranks_are_equal_to_the_bit_and_to_one_process_on_the_same_batches(ends, name):
+    first, second, alone = (end[name] for end in ends)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        # loss, accuracy and the metrics come in single precision
+        tolerance = 1e-5 if name in ("numbers", "metrics") else 1e-7
+        torch.testing.assert_close(value, alone[name], rtol=tolerance, atol=tolerance)
+
+
+def test_the_shares_of_all_ranks_make_the_whole(monkeypatch):
+    import distributed
+
+    for ranks in (1, 2, 3, 8):
+        for number in (1, 2, 7, 128):
+            taken = []
+            for me in range(ranks):
+                monkeypatch.setattr(distributed, "rank", lambda me=me: me)
+                monkeypatch.setattr(distributed, "num_ranks", lambda ranks=ranks: ranks)
+                mine, is_spare = share(number)
+                assert len(range(number)[mine]) >= 1
+                taken += [] if is_spare else range(number)[mine]
+            assert taken == list(range(number))
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in Linux's /proc")
+def test_a_rank_that_dies_ends_the_run_and_one_process_completes_it(tmp_path):
+    out = tmp_path / "run"
+    process = start(META_TRAIN, *TRAIN, "--num-epoch", "40", "--average", "--out", out)
+    deadline = time.monotonic() + 120
+    while not (out / "mlr_snet_1.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    rows = len(results(out)[0])
+    assert 2 <= rows < 41
+    done = run(META_TRAIN, "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert len(results(out)[0]) == 41
+
+
+def test_meta_test_runs_on_two_ranks_and_only_one_of_them_writes(tmp_path):
+    process = start(META_TEST, *SMALL, "--average", "--out", tmp_path / "run")
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert output.count("epoch 3 ") == 1 and len(list((tmp_path / "run").glob("events*"))) == 1
+    assert (tmp_path / "run" / "network_average.pth").exists() and '"ranks": 2' in (
+        tmp_path / "run" / "args.json").read_text()
