@@ -13,11 +13,13 @@ from averaging import Average, auto_decay
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
+from distributed import rank
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
 from utils import ROOT, autocast, number, number_or_auto, pick_device, plain, save
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
-IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None}
+IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None}
+IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5}
 
@@ -26,8 +28,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that meta-train and meta-test share."""
     add = parser.add_argument
     positive = number(int, 1)
-    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive, help="epochs (default: 200; text: 150)")
-    add("--batch-size", "--batch_size", type=positive, help="images or sequences a step (default: 128; text: 32)")
+    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive,
+        help="epochs (default: 200; imagenet: 90; text: 150)")
+    add("--batch-size", "--batch_size", type=positive,
+        help="images or sequences a step, those of all ranks together (default: 128; text: 32)")
     add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
     add("--wd", type=number(float, 0), help="weight decay of the network (default: 5e-4; text: 5e-6)")
@@ -40,18 +44,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="test on N class-balanced images, or on the first N tokens (default: all)")
     add("--out", type=Path, help="the run's folder (default: result/<network>_<dataset> beside the script)")
     add("--seed", type=number(int, 0), default=0, help="of weights, data order and meta set (default: 0)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or another that torch names (default: auto: cuda or cpu)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
     add("--average", action="store_true", help="evaluate and save a running average of the weights, too")
     add("--average-decay", type=number_or_auto(number(float, 0, 0.9999999)),
         help="of the running average, per step (default: auto, which reaches back about an epoch, 0.9 to 0.999)")
     add("--init", type=Path, metavar="FILE", help="begin from a run's network.pth (default: random weights)")
+    add("--deterministic", action="store_true", help="the same figures to the bit on every run, at some cost on a GPU")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--resume", action="store_true", help="continue the run that lies in --out, with its own arguments")
     images = parser.add_argument_group("images")
     images.add_argument("--num-meta", type=positive,
                         help="training images held out to steer MLR-SNet or to validate (default: 1000; meta-test: 0)")
-    images.add_argument("--image-size", type=positive, help="resize to this many pixels (default: 32 for folder)")
+    images.add_argument("--image-size", type=positive,
+                        help="resize to this many pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
+    images.add_argument("--workers", type=number(int, 0),
+                        help="processes that read tinyimagenet or imagenet from disk (default: one a core, at most 8)")
     text = parser.add_argument_group("text")
     text.add_argument("--seq-len", "--seq_len", type=positive, help="tokens of a sequence (default: 35)")
     text.add_argument("--tokens", choices=["word", "char"], help="what the text is cut into (default: word)")
@@ -104,6 +112,8 @@ def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults:
         parser.error("--average-decay belongs to --average or --meta-point average; leave it out")
     args.average_decay = args.average_decay or "auto"
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
+    if args.dataset == "imagenet":
+        own = own | IMAGENET_DEFAULTS
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")
@@ -155,8 +165,8 @@ def save_networks(
 
 def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     """The task, and the network on its device. ValueError for what cannot be had."""
-    device = pick_device(args.device)
-    names = ("seq_len", "tokens") if args.dataset in TEXTS else ("seed", "num_meta", "image_size")
+    device = pick_device(args.device, args.deterministic)
+    names = ("seq_len", "tokens") if args.dataset in TEXTS else ("seed", "num_meta", "image_size", "workers")
     task = build_task(
         args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,
         limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
@@ -172,4 +182,6 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
             raise ValueError(f"--init {args.init}: no weights of this network ({type(error).__name__})") from error
     if args.compile:
         network.compile()
+    if rank():
+        torch.manual_seed(args.seed + rank())  # dropout masks of its own
     return task, network

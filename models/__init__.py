@@ -9,7 +9,7 @@ from .densenet import densenet121
 from .lstm import lstm2, lstm3
 from .mobilenetv2 import mobilenetv2
 from .nasnet import nasnet
-from .resnet import resnet8, resnet20, small_stem
+from .resnet import large_stem, resnet8, resnet20, small_stem
 from .shufflenetv2 import shufflenetv2
 from .wideresnet import wideresnet
 
@@ -19,6 +19,7 @@ IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": small_stem("resnet50"),
     "resnet101": small_stem("resnet101"),
     "resnet152": small_stem("resnet152"),
+    "resnet50-imagenet": large_stem("resnet50"),
     "resnet8": resnet8,
     "resnet20": resnet20,
     "shufflenetv2": shufflenetv2,

@@ -19,6 +19,11 @@ def small_stem(name: str) -> Callable[[int], nn.Module]:
     return make
 
 
+def large_stem(name: str) -> Callable[[int], nn.Module]:
+    """A maker of torchvision's ResNet of that name as it is, for images of 224×224 pixels."""
+    return lambda num_classes: torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+
+
 class Block(nn.Module):
     """Two 3×3 convolutions beside a shortcut without parameters (option A: stride, and zeros for new channels)."""
 

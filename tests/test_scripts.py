@@ -77,7 +77,7 @@ def test_a_run_folder_holds_all_it_should(reference):
 
 
 def test_the_same_seed_gives_the_same_run_from_the_scripts_own_folder(reference, tmp_path):
-    done = run("meta-train.py", *TRAIN, "--out", tmp_path / "again", cwd=META_TRAIN.parent)
+    done = run("meta-train.py", *TRAIN, "--deterministic", "--out", tmp_path / "again", cwd=META_TRAIN.parent)
     assert done.returncode == 0, done.stderr
     same(results(reference), results(tmp_path / "again"))
 
@@ -149,7 +149,7 @@ def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(referen
 
 @pytest.mark.parametrize("arguments", [
     ["--network", "nonsense"], ["--batch-size", "0"], ["--wd", "nan"], ["--gamma", "-1"], ["--num-meta", "100000"],
-    ["--lr", "inf"], ["--t-val", "0"], ["--network", "lstm2"], ["--dataset", "pydoc"], ["--seq-len", "5"],
+    ["--lr", "inf"], ["--t-val", "0"], ["--device", "nonsense"], ["--network", "lstm2"], ["--dataset", "pydoc"], ["--seq-len", "5"],
     ["--network", "lstm2", "--dataset", "pydoc", "--num-meta", "10"],
     ["--network", "lstm2", "--dataset", "pydoc", "--seq-len", "100000"],
 ])
