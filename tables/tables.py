@@ -39,6 +39,7 @@ class Table:
     presets: dict[str, Arguments]
     groups: dict[str, dict[str, Arguments]]  # preset -> line -> its arguments
     published: dict[tuple[str, str], str] = field(default_factory=dict)  # (line, method) -> figure
+    text_methods: list[str] = field(default_factory=list)  # of the lines with text, in a table that has both
 
 
 IMAGE_PRESETS: dict[str, Arguments] = {
@@ -46,6 +47,7 @@ IMAGE_PRESETS: dict[str, Arguments] = {
     "desk": {"num-epoch": "30", "limit-train": "10000", "limit-test": "5000"},
     "smoke": {"num-epoch": "2", "limit-train": "256", "limit-test": "100", "batch-size": "64"},
 }
+MOMENTUM = {name: {**shared, "momentum": "0.9"} for name, shared in IMAGE_PRESETS.items()}  # as the paper's meta-test
 TEXT_PRESETS: dict[str, Arguments] = {
     "paper": {"num-epoch": "150"},
     "desk": {"num-epoch": "8", "embed-size": "128", "dropout": "0.2"},
@@ -122,8 +124,7 @@ TABLES: dict[str, Table] = {
         }.items()},
     ),
     "networks": Table(
-        "The shipped schedules on other networks", TRANSFER,
-        {name: {**shared, "momentum": "0.9"} for name, shared in IMAGE_PRESETS.items()},
+        "The shipped schedules on other networks", TRANSFER, MOMENTUM,
         _lines(**{preset: [(name, data) for name in UNSEEN]
                   for preset, data in (("paper", "cifar10"), ("desk", "cifar10"), ("smoke", "digits"))}),
         {(f"{network} cifar10", method): f"~{figure}" for network, figures in {
@@ -135,11 +136,34 @@ TABLES: dict[str, Table] = {
                        "fixed": 87.2, "sgdr": 84.5},
         }.items() for method, figure in figures.items()},
     ),
-    "svhn": Table(
-        "The shipped schedules on SVHN", TRANSFER,
-        {name: {**shared, "momentum": "0.9"} for name, shared in IMAGE_PRESETS.items()},
-        _line(("resnet", "svhn"), ("resnet8", "svhn"), ("resnet8", "digits")),
-        {("resnet svhn", "ours (transfer)"): "~95.3 (others 93.0–96.1)"},
+    "datasets": Table(
+        "The shipped schedules on other data", TRANSFER, {name: {} for name in IMAGE_PRESETS},
+        {
+            preset: {
+                " ".join(pair): {**_pair(*pair), **(TEXT_PRESETS if pair[1] in TEXTS else MOMENTUM)[preset]}
+                for pair in pairs
+            }
+            for preset, pairs in {
+                "paper": [("resnet", "svhn"), ("resnet", "tinyimagenet"), ("lstm2", "ptb")],
+                "desk": [("resnet8", "svhn"), ("resnet8", "tinyimagenet"), ("lstm2", "ptb")],
+                "smoke": [("resnet8", "digits"), ("lstm2", "pydoc")],
+            }.items()
+        },
+        {(line, method): f"~{figure}" for line, figures in {
+            "resnet svhn": {"ours (transfer)": "95.3 (others 93.0–96.1)"},
+            "resnet tinyimagenet": {"ours (transfer)": "58", "multistep": "59", "exponential": "58.5", "fixed": "51",
+                                    "adam": "41.7", "sgdr": "40"},
+            "lstm2 ptb": {"ours (transfer)": "71.5", "adam+val": "71.2", "sgd+val": "74.3"},
+        }.items() for method, figure in figures.items()},
+        ["ours (transfer)", "sgd+val", "adam+val"],
+    ),
+    "imagenet": Table(
+        "The shipped schedules on ImageNet", TRANSFER, {**MOMENTUM, "paper": {"momentum": "0.9", "num-epoch": "90"}},
+        _line(("resnet50-imagenet", "imagenet"), ("resnet50-imagenet", "imagenet"), ("resnet8", "digits")),
+        {("resnet50-imagenet imagenet", method): f"~{figure}" for method, figure in {
+            "ours (transfer)": "74.9", "exponential": "76.1", "multistep": "75.9", "fixed": "66.5", "adam": "66.6",
+            "sgdr": "56.2 (best ~75.8)",
+        }.items()},
     ),
     "epochs": Table(
         "The shipped schedules stretched to other horizons", ["ours (transfer)", "cosine", "fixed"], IMAGE_PRESETS,
@@ -174,14 +198,18 @@ TABLES: dict[str, Table] = {
 
 
 def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], changes: Arguments) -> list[Cell]:
-    """The runs of a table; `changes` are arguments that stand over the preset's."""
+    """The runs of a table; without `methods`, all of its. `changes` are arguments that stand over the preset's."""
     cells = []
     meta_trains = any(METHODS[name][0] == "meta-train" for name in table.methods)
     for seed in range(seeds):
         for group, own in table.groups[preset].items():
-            for method in methods:
-                arguments = {**table.presets[preset], **own, **changes}
-                is_text = arguments["dataset"] in TEXTS
+            shared = {**table.presets[preset], **own, **changes}
+            is_text = shared["dataset"] in TEXTS
+            usual = table.text_methods if is_text and table.text_methods else table.methods
+            for method in methods or usual:
+                if table.text_methods and method not in usual:
+                    continue
+                arguments = dict(shared)
                 if method == "ours (train)":
                     arguments.setdefault("t-val", "300" if preset == "paper" else "auto")
                 if not is_text and meta_trains:  # all train on what meta-training leaves
@@ -190,7 +218,8 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], chan
                     arguments["lr"] = "20"  # the usual first rate of SGD with clipped gradients
                 if method in OWN_DIRECTION:
                     arguments.pop("momentum", None)
-                line = f"{arguments['network']} {arguments['dataset']}" if " ".join(own.values()) == group else group
+                named_by_pair = group == " ".join(own.get(name, "") for name in ("network", "dataset"))
+                line = f"{arguments['network']} {arguments['dataset']}" if named_by_pair else group
                 cells.append(Cell(line, method, seed, tuple(arguments.items())))
     return cells
 
@@ -224,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     table = TABLES[args.table]
     changes = dict(change.removeprefix("--").split("=", 1) for change in args.changes)
-    cells = cells_of(table, args.preset, args.seeds, args.only or table.methods, changes)
+    cells = cells_of(table, args.preset, args.seeds, args.only or [], changes)
     folder = args.out.absolute() / f"{args.table}-{args.preset}"
     race = Race(cells, folder / "runs", args.jobs)
     with user_errors():
