@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torchvision
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.functional import resize
@@ -153,6 +151,9 @@ def folder(root: Path, image_size: int | None, seed: int) -> ImageData:
 
 def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
     """scikit-learn's 1,797 handwritten digits of 8×8 pixels, 360 of them for the test; needs no download."""
+    from sklearn.datasets import load_digits  # here, since it makes a fifth of a script's start
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     images = (torch.from_numpy(images) * (255 / 16)).round().byte().reshape(-1, 1, 8, 8).repeat(1, 3, 1, 1)
     images, labels = _sized(images, image_size), torch.from_numpy(labels)
