@@ -1,21 +1,24 @@
-"""What meta-train and meta-test have in common: their flags, and the task and network that these ask for."""
+"""What meta-train and meta-test have in common: their flags, the task and network that these ask for, and the run."""
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from averaging import Average, auto_decay
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
-from distributed import rank
+from distributed import data_parallel, rank
+from mlr_snet import Schedule, Step, train
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
-from utils import ROOT, autocast, number, number_or_auto, pick_device, plain, save
+from utils import ROOT, Run, autocast, number, number_or_auto, pick_device, plain, save, user_errors
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None}
@@ -122,47 +125,6 @@ def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults:
             setattr(args, name, default)
 
 
-def build_average(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
-    """The running average of the weights, where the run asks for one."""
-    if not args.average and getattr(args, "meta_point", "lookahead") == "lookahead":
-        return None
-    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
-
-
-def keeping(average: Average | None, steps: Iterator[Any]) -> Iterator[Any]:
-    """The steps, with the average kept up."""
-    for step in steps:
-        if average:
-            average.update()
-        yield step
-
-
-def metrics_of(
-    args: argparse.Namespace, task: ImageTask | TextTask, network: nn.Module, average: Average | None
-) -> Callable[[float, float], dict[str, float]]:
-    """What makes a row of metrics.csv from the epoch's mean training loss and accuracy."""
-
-    def metrics(loss: float, accuracy: float) -> dict[str, float]:
-        row = task.train_metrics(loss, accuracy) | task.evaluate(network)
-        if average and args.average:
-            name = "test_ppl" if task.perplexity else "test_acc"
-            with average.swapped_in(task):
-                row[f"{name}_average"] = task.evaluate(network)[name]
-        return row
-
-    return metrics
-
-
-def save_networks(
-    args: argparse.Namespace, task: ImageTask | TextTask, network: nn.Module, average: Average | None
-) -> None:
-    """network.pth, and network_average.pth where the run asked for it: what --init takes."""
-    save(args.out / "network.pth", network.state_dict())
-    if average and args.average:
-        with average.swapped_in(task):
-            save(args.out / "network_average.pth", network.state_dict())
-
-
 def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     """The task, and the network on its device. ValueError for what cannot be had."""
     device = pick_device(args.device, args.deterministic)
@@ -185,3 +147,53 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     if rank():
         torch.manual_seed(args.seed + rank())  # dropout masks of its own
     return task, network
+
+
+def build_average(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
+    """The running average of the weights, where the run asks for one."""
+    if not args.average and getattr(args, "meta_point", "lookahead") == "lookahead":
+        return None
+    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
+
+
+def carry_out(
+    args: argparse.Namespace,
+    task: ImageTask | TextTask,
+    network: nn.Module,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    average: Average | None,
+    at_epoch: Callable[[int], None] = lambda epoch: None,
+    evaluating: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
+    """Train to the end, under --resume from where the run stopped, and save the networks; return the exit status.
+
+    at_epoch is called with the number of every epoch that has ended; evaluating gives a context for each evaluation.
+    """
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    with user_errors():
+        run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
+
+    def steps() -> Iterator[Step]:
+        for step in train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry):
+            if average:
+                average.update()
+            yield step
+
+    def metrics(loss: float, accuracy: float) -> dict[str, float]:
+        with evaluating():
+            row = task.train_metrics(loss, accuracy) | task.evaluate(network)
+            if average and args.average:
+                name = "test_ppl" if task.perplexity else "test_acc"
+                with average.swapped_in(task):
+                    row[f"{name}_average"] = task.evaluate(network)[name]
+        return row
+
+    status = run.follow(steps(), metrics, at_epoch)
+    if status == 0:
+        with evaluating():
+            save(args.out / "network.pth", network.state_dict())
+            if average and args.average:
+                with average.swapped_in(task):
+                    save(args.out / "network_average.pth", network.state_dict())
+    return status

@@ -9,19 +9,10 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline, evaluating  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
-from distributed import data_parallel  # noqa: E402
-from experiment import (  # noqa: E402
-    add_run_arguments,
-    build,
-    build_average,
-    keeping,
-    metrics_of,
-    parse_run_arguments,
-    save_networks,
-)
-from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules, train  # noqa: E402
+from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
+from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import Run, build_optimizer, number, user_errors  # noqa: E402
+from utils import build_optimizer, number, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,20 +56,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.schedule, args.optimizer, network, task, args.num_epoch, args.lr, args.momentum, args.wd, args.beta
             )
         average = build_average(args, network, task.steps_per_epoch)
-        parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-        run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
-    measure = metrics_of(args, task, network, average)
-
-    def metrics(loss: float, accuracy: float) -> dict[str, float]:
-        with evaluating(optimizer, network, task):
-            return measure(loss, accuracy)
-
-    steps = train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry)
-    status = run.follow(keeping(average, steps), metrics)
-    if status == 0:
-        with evaluating(optimizer, network, task):
-            save_networks(args, task, network, average)
-    return status
+    return carry_out(
+        args, task, network, optimizer, schedule, average, evaluating=lambda: evaluating(optimizer, network, task)
+    )
 
 
 if __name__ == "__main__":

@@ -8,19 +8,10 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data import DATASETS  # noqa: E402
-from distributed import data_parallel  # noqa: E402
-from experiment import (  # noqa: E402
-    add_run_arguments,
-    build,
-    build_average,
-    keeping,
-    metrics_of,
-    parse_run_arguments,
-    save_networks,
-)
-from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead, train  # noqa: E402
+from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
+from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import Run, build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
+from utils import build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,16 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         schedule = MetaMLRSNetLR(
             optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma, meta_point=point
         )
-        parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-        run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
-    status = run.follow(
-        keeping(average, train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry)),
-        metrics_of(args, task, network, average),
-        lambda epoch: save(args.out / f"mlr_snet_{epoch}.pth", {k: v.cpu() for k, v in net.state_dict().items()}),
-    )
-    if status == 0:
-        save_networks(args, task, network, average)
-    return status
+
+    def save_net(epoch: int) -> None:
+        save(args.out / f"mlr_snet_{epoch}.pth", {name: value.cpu() for name, value in net.state_dict().items()})
+
+    return carry_out(args, task, network, optimizer, schedule, average, at_epoch=save_net)
 
 
 if __name__ == "__main__":
