@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from on_ranks import RUNS
-from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, ROOT, SMALL, TRAIN, results, run
+from test_scripts import META_TRAIN, ONE_THREAD, ROOT, TRAIN, results, run
 
 from distributed import share
 
@@ -63,27 +63,19 @@ def children(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in Linux's /proc")
-def test_a_rank_that_dies_ends_the_run_and_one_process_completes_it(tmp_path):
+def test_a_rank_that_dies_ends_the_run_in_which_one_rank_wrote_and_one_process_completes_it(tmp_path):
     out = tmp_path / "run"
-    process = start(META_TRAIN, *TRAIN, "--num-epoch", "40", "--average", "--out", out)
+    process = start(META_TRAIN, *TRAIN, "--num-epoch", "25", "--average", "--out", out)
     deadline = time.monotonic() + 120
     while not (out / "mlr_snet_1.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     killed = time.monotonic()
-    process.communicate(timeout=120)
+    output = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and time.monotonic() - killed < 60
-    rows = len(results(out)[0])
-    assert 2 <= rows < 41
+    assert output.count("epoch 1 ") == 1 and len(list(out.glob("events*"))) == 1
+    assert '"ranks": 2' in (out / "args.json").read_text()
+    assert 2 <= len(results(out)[0]) < 26
     done = run(META_TRAIN, "--resume", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert len(results(out)[0]) == 41
-
-
-def test_meta_test_runs_on_two_ranks_and_only_one_of_them_writes(tmp_path):
-    process = start(META_TEST, *SMALL, "--average", "--out", tmp_path / "run")
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    assert output.count("epoch 3 ") == 1 and len(list((tmp_path / "run").glob("events*"))) == 1
-    assert (tmp_path / "run" / "network_average.pth").exists() and '"ranks": 2' in (
-        tmp_path / "run" / "args.json").read_text()
+    assert len(results(out)[0]) == 26
