@@ -21,6 +21,7 @@ CIFAR100_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
+Key = Callable[[int, int], tuple[int, ...]]  # of the lap and the place in it -> what seeds a batch's augmentation
 Plan = Iterator[tuple[Tensor, tuple[int, ...] | None]]  # batches: indices of images, and the key of their augmentation
 
 
@@ -243,11 +244,20 @@ class ImageTask:
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of training batches from global step `start` on; every epoch has its own order."""
-        return self._batches(self.train, self._train_plan(start))
+        plan = self._plan(
+            self.train_indices, self.batch_size, self.steps_per_epoch, start, 3,
+            lambda epoch, place: (self.seed, 4, epoch, place),
+        )
+        return self._batches(self.train, plan)
 
     def meta_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of meta batches from number `start` on."""
-        return self._batches(self.train, self._meta_plan(start))
+        size = min(self.batch_size, len(self.meta_indices))
+        per_lap = len(self.meta_indices) // size
+        plan = self._plan(
+            self.meta_indices, size, per_lap, start, 5, lambda lap, place: (self.seed, 6, lap * per_lap + place)
+        )
+        return self._batches(self.train, plan)
 
     def loss(self, network: nn.Module, batch: Batch, carry: Any) -> tuple[Tensor, Tensor, Any]:
         """Mean cross-entropy (0-d), the batch's accuracy in %, and the carry, of which images make no use."""
@@ -287,19 +297,14 @@ class ImageTask:
         loss, correct = total_over_ranks(loss, correct)
         return loss / len(indices), 100 * correct / len(indices)
 
-    def _train_plan(self, start: int) -> Plan:
-        epoch, first = divmod(start, self.steps_per_epoch)
+    def _plan(self, indices: Tensor, size: int, per_lap: int, start: int, order: int, key: Key) -> Plan:
+        """Lap after lap over the images, each in an order of its own, from batch number `start` on."""
+        lap, first = divmod(start, per_lap)
         while True:
-            parts = self._order(self.train_indices, 3, epoch).split(self.batch_size)
-            for index in range(first, self.steps_per_epoch):
-                yield parts[index], (self.seed, 4, epoch, index)
-            epoch, first = epoch + 1, 0
-
-    def _meta_plan(self, start: int) -> Plan:
-        size = min(self.batch_size, len(self.meta_indices))
-        for index in itertools.count(start):
-            lap, place = divmod(index, len(self.meta_indices) // size)
-            yield self._order(self.meta_indices, 5, lap).split(size)[place], (self.seed, 6, index)
+            parts = self._order(indices, order, lap).split(size)
+            for place in range(first, per_lap):
+                yield parts[place], key(lap, place)
+            lap, first = lap + 1, 0
 
     def _order(self, indices: Tensor, *key: int) -> Tensor:
         return indices[torch.randperm(len(indices), generator=generator_for(self.seed, *key))].to(self.device)
