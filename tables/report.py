@@ -179,6 +179,8 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
         row[2].set_yscale("log")
         if metric == "test_ppl":
             row[1].set_yscale("log")
+            for formatted in (row[1].yaxis.set_major_formatter, row[1].yaxis.set_minor_formatter):
+                formatted("{x:.0f}")
         row[0].set_title(group, loc="left")
         if members:
             row[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
