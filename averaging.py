@@ -50,6 +50,7 @@ class Average:
     @contextlib.contextmanager
     def __call__(self, network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:
         """The network at w̄_{t+1}; on leaving, it is as before, to the bit."""
+        update = list(update)  # made before the weights move
         with self._mixed(self.decay):
             descend(update, (1 - self.decay) * lr)
             yield network

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from averaging import fresh_statistics
-from directions import check_affine, update_directions
+from directions import check_affine, update_directions, with_gradient
 from distributed import over_ranks
 from utils import MetaStream, build_optimizer, kept, lr_ratios, set_lr
 
@@ -128,11 +128,6 @@ class Val(Fixed):
 # ---------------------------------------------------------------------------------------------- rates from gradients
 
 
-def _with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return [parameter for parameter in parameters if parameter.grad is not None]
-
-
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
@@ -226,8 +221,7 @@ class RTHO(Adaptive):
 
     def step(self, loss: float | Tensor) -> None:
         assert isinstance(loss, Tensor)
-        update = update_directions(self.optimizer)
-        parameters = [parameter for parameter, _ in update]
+        parameters = with_gradient(self.optimizer)
         if not self.along_weights:
             self.along_weights = [torch.zeros_like(parameter) for parameter in parameters]
             self.along_velocity = [torch.zeros_like(parameter) for parameter in parameters]
@@ -244,7 +238,7 @@ class RTHO(Adaptive):
             whole, taken = (nn.utils.get_total_norm(many) for many in (gradients, _gradients(parameters)))
             clip = taken / whole if whole > 0 else 1.0
             momentum, weight_decay = (self.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay"))
-            for index, (_, direction) in enumerate(update):
+            for index, (_, direction) in enumerate(update_directions(self.optimizer)):
                 weights, velocity = self.along_weights[index], self.along_velocity[index]
                 velocity.mul_(momentum).add_(curved[index] * clip).add_(weights, alpha=weight_decay)
                 weights.sub_(velocity, alpha=self.lr).sub_(direction)
@@ -281,7 +275,7 @@ class L4(Adaptive):
 
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
-        value, parameters = float(loss), _with_gradient(self.optimizer)
+        value, parameters = float(loss), with_gradient(self.optimizer)
         gradients = _gradients(parameters)
         if not self.first:
             self.lowest = 0.75 * value

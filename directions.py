@@ -3,6 +3,7 @@
 Holds for optimizers whose update is affine in the rate; to add one: its equation and a line in DIRECTIONS.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from utils import lr_ratios, on_host
 
-Update = list[tuple[nn.Parameter, Tensor]]  # each parameter with its direction d_t
+Update = Iterable[tuple[nn.Parameter, Tensor]]  # each parameter with its direction d_t
 
 
 def _sgd_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
@@ -58,15 +59,21 @@ def check_affine(optimizer: Optimizer) -> None:
         raise TypeError(f"{type(optimizer).__name__}: no update direction known; meta-training works with {allowed}")
 
 
+def with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters that the optimizer's next step moves."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter for parameter in parameters if parameter.grad is not None]
+
+
 @torch.no_grad()
-def update_directions(optimizer: Optimizer) -> Update:
+def update_directions(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """What the optimizer's next step would subtract per unit of learning rate, from the gradients that lie in .grad.
 
-    Changes neither the optimizer nor the parameters. Groups keep the ratios of their initial rates.
+    One parameter of with_gradient after another, each direction made when it is asked for. Changes neither the
+    optimizer nor the parameters. Groups keep the ratios of their initial rates.
     Raises TypeError for an optimizer whose update is not known to be affine in the rate.
     """
     check_affine(optimizer)
-    update: Update = []
     for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -74,5 +81,4 @@ def update_directions(optimizer: Optimizer) -> Update:
             gradient = -parameter.grad if group["maximize"] else parameter.grad
             state = optimizer.state.get(parameter, {})
             direction = DIRECTIONS[type(optimizer)](parameter, gradient, group, state)
-            update.append((parameter, direction if ratio == 1 else direction.mul_(ratio)))
-    return update
+            yield parameter, direction if ratio == 1 else direction.mul_(ratio)

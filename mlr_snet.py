@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from directions import Update, check_affine, update_directions
+from directions import Update, check_affine, update_directions, with_gradient
 from distributed import over_ranks
 from utils import MetaStream, descend, kept, lr_ratios, on_host, set_lr
 
@@ -143,7 +143,7 @@ def load_schedules(paths: Sequence[str | Path]) -> list[MLRSNet]:
 @contextmanager
 def lookahead(network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:
     """The network at ŵ = w − lr·d; on leaving, its parameters and buffers are as before, to the bit."""
-    with kept([parameter for parameter, _ in update] + list(network.buffers())):
+    with kept([*network.parameters(), *network.buffers()]):
         descend(update, lr)
         yield network
 
@@ -165,13 +165,11 @@ def hypergradient(
     Under several ranks meta_loss is of this rank's share of the meta batch, and the scalar the mean over all.
     Raises TypeError for an optimizer that is not affine in lr.
     """
-    update = update_directions(optimizer)
-    with meta_point(network, update, lr) as point, torch.enable_grad():
-        parameters = [parameter for parameter, _ in update]
-        gradients = torch.autograd.grad(meta_loss(point), parameters, allow_unused=True)
-    terms = [
+    with meta_point(network, update_directions(optimizer), lr) as point, torch.enable_grad():
+        gradients = torch.autograd.grad(meta_loss(point), with_gradient(optimizer), allow_unused=True)
+    terms = [  # the directions once more, from weights that are back: to keep them would cost a copy of the network
         (gradient * direction).sum()
-        for gradient, (_, direction) in zip(gradients, update, strict=True)
+        for gradient, (_, direction) in zip(gradients, update_directions(optimizer), strict=True)
         if gradient is not None
     ]
     return -over_ranks(torch.stack(terms).sum())

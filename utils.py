@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
         group["lr"] = (lr if group.get("fused") else float(lr)) * ratio
 
 
-def descend(update: list[tuple[torch.nn.Parameter, Tensor]], lr: float | Tensor) -> None:
+def descend(update: Iterable[tuple[torch.nn.Parameter, Tensor]], lr: float | Tensor) -> None:
     """w ← w − lr·d for every parameter w and its direction d, in place."""
     with torch.no_grad():
         for parameter, direction in update:
