@@ -174,12 +174,13 @@ def loss_of(task: Any, batch: Any, network: Any) -> Tensor:
 
 
 def textbook_gradient(
-    network: nn.Module, net: MLRSNet, state: Tensor, scale: float, train_loss: Loss, meta_loss: Loss, decay: float
+    network: nn.Module, net: MLRSNet, state: Tensor, scale: float, train_loss: Loss, meta_loss: Loss, decay: float,
+    to_all: bool = False,
 ) -> None:
     """∂L_meta(ŵ)/∂θ into the .grad of net, by autograd through ŵ = w − γ·A(ℓ; θ)·(∂ℓ/∂w + decay·w).
 
-    Leaves the network, its gradients and its buffers as they are. Autograd goes back to θ alone: a plain backward()
-    would also run the second-order passes to the weights, which nobody reads.
+    Leaves the network, its gradients and its buffers as they are. With to_all autograd goes back to the weights as
+    well, as a plain backward() does: second-order passes whose results nobody reads.
     """
     weights = {name: parameter.detach().requires_grad_() for name, parameter in network.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -195,10 +196,10 @@ def textbook_gradient(
         name: weight - lr * (gradient + decay * weight)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
     }
-    meta_loss(at(ahead)).backward(inputs=list(net.parameters()))
+    meta_loss(at(ahead)).backward(inputs=None if to_all else list(net.parameters()))
 
 
-def textbook_step(setting: Setting) -> Step:
+def textbook_step(setting: Setting, to_all: bool) -> Step:
     """A meta step by textbook_gradient, then the real step from passes of its own, as in the authors' meta_train.py."""
     network, task = new_network(setting), setting.task
     optimizer = build_optimizer("sgd", network.parameters(), LR, 0.0, WEIGHT_DECAY)
@@ -210,7 +211,8 @@ def textbook_step(setting: Setting) -> Step:
         for batch in task.train_batches(0):
             train_loss = partial(loss_of, task, batch)
             schedule.adam.zero_grad()
-            textbook_gradient(network, net, schedule.state, scale, train_loss, schedule.meta.next_loss, WEIGHT_DECAY)
+            meta_loss = schedule.meta.next_loss
+            textbook_gradient(network, net, schedule.state, scale, train_loss, meta_loss, WEIGHT_DECAY, to_all)
             schedule.adam.step()
             optimizer.zero_grad()
             loss = train_loss(network)
@@ -225,7 +227,8 @@ def textbook_step(setting: Setting) -> Step:
 STEPS: dict[str, Callable[[Setting], Step]] = {
     "plain SGD": plain_step,
     "meta step": partial(learned_step, t_val=1),
-    "textbook lookahead": textbook_step,
+    "textbook lookahead, plain backward()": partial(textbook_step, to_all=True),
+    "textbook lookahead, back to θ alone": partial(textbook_step, to_all=False),
 }
 
 # ---------------------------------------------------------------------------------------------- the measurements
@@ -239,7 +242,7 @@ def meta_steps(setting: Setting) -> Measured:
     times = alternate({name: make(setting) for name, make in STEPS.items()}, setting.args.rounds, setting.device)
     return (
         "Whole training steps. A meta step is this project's at T_val 1; the textbook lookahead differentiates through "
-        "the inner step with create_graph=True, back to θ alone, and takes the real step from a pass of its own."
+        "the inner step with create_graph=True, and takes the real step from a pass of its own."
     ), relative(times, "ms a step", 1000)
 
 

@@ -18,7 +18,8 @@ IN_THIS_PROCESS = [name for name in MEASUREMENTS if name != "memory"]
 DECAY = 0.01  # the weight decay of OPTIMIZERS
 
 
-def test_the_textbook_lookahead_moves_theta_as_the_project_does():
+@pytest.mark.parametrize("to_all", [False, True])
+def test_the_textbook_lookahead_moves_theta_as_the_project_does(to_all):
     torch.manual_seed(1)
     network, optimizer = trained(OPTIMIZERS["sgd"])
     net = MLRSNet().double()
@@ -28,7 +29,7 @@ def test_the_textbook_lookahead_moves_theta_as_the_project_does():
     def train_loss(point):
         return loss_on(point, 2)  # whose gradient lies in .grad
 
-    textbook_gradient(network, net, schedule.state, 0.5, train_loss, lambda point: loss_on(point, 1000), DECAY)
+    textbook_gradient(network, net, schedule.state, 0.5, train_loss, lambda point: loss_on(point, 1000), DECAY, to_all)
     textbook = [parameter.grad.clone() for parameter in net.parameters()]
     assert all(gradient.abs().max() > 0 for gradient in textbook)
     schedule.step(train_loss(network))
