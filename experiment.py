@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from averaging import Average, auto_decay
-from data import TEXTS, build_task
+from data import STREAMED, TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
 from distributed import data_parallel, rank
@@ -53,7 +53,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--average-decay", type=number_or_auto(number(float, 0, 0.9999999)),
         help="of the running average, per step (default: auto, which reaches back about an epoch, 0.9 to 0.999)")
     add("--init", type=Path, metavar="FILE", help="begin from a run's network.pth (default: random weights)")
-    add("--deterministic", action="store_true", help="the same figures to the bit on every run, at some cost on a GPU")
+    add("--deterministic", action="store_true", help="use only algorithms that torch holds to be deterministic")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--resume", action="store_true", help="continue the run that lies in --out, with its own arguments")
     images = parser.add_argument_group("images")
@@ -117,6 +117,8 @@ def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults:
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
     if args.dataset == "imagenet":
         own = own | IMAGENET_DEFAULTS
+    if args.workers is not None and args.dataset not in STREAMED:
+        parser.error(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")

@@ -13,6 +13,7 @@ IMAGES: dict[str, Callable[[Path, int | None, int], Any]] = {
     "cifar10": cifar10, "cifar100": cifar100, "svhn": svhn, "tinyimagenet": tinyimagenet, "imagenet": imagenet,
     "folder": folder, "digits": digits,
 }
+STREAMED = ("tinyimagenet", "imagenet")  # read from disk by workers; the others lie in memory
 TEXTS = {"ptb": ptb, "text": text_folder, "pydoc": pydoc}
 DATASETS = [*IMAGES, *TEXTS]
 

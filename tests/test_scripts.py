@@ -149,7 +149,7 @@ def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(referen
 
 @pytest.mark.parametrize("arguments", [
     ["--network", "nonsense"], ["--batch-size", "0"], ["--wd", "nan"], ["--gamma", "-1"], ["--num-meta", "100000"],
-    ["--lr", "inf"], ["--t-val", "0"], ["--device", "nonsense"],
+    ["--lr", "inf"], ["--t-val", "0"], ["--device", "nonsense"], ["--workers", "2"],
     ["--network", "lstm2"], ["--dataset", "pydoc"], ["--seq-len", "5"],
     ["--network", "lstm2", "--dataset", "pydoc", "--num-meta", "10"],
     ["--network", "lstm2", "--dataset", "pydoc", "--seq-len", "100000"],
