@@ -453,7 +453,8 @@ class Run:
             panel.set(xlabel="epoch", ylabel=label)
             panel.legend()
         panels[2].plot(epochs, [row["lr"] for row in self.rows], "k-")
-        panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)", ylim=(0, None))
+        panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
+        panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # a rate that stands still stays off the frame
         for panel in panels:
             panel.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(self.args.out.name)
