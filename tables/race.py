@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import ROOT, write_atomically
+from utils import ROOT, read_text, write_atomically
 
 ADAM = ("--optimizer", "adam")
 METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
@@ -44,16 +44,23 @@ METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
     **{f"{point} {t_val}": ("meta-train", "--meta-point", point, "--t-val", str(t_val))
        for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)},
 }
+KNOWS_ITS_LENGTH = ("ours (train)", "ours (transfer)", "multistep", "cosine", "cosine 0.5", "onecycle")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on one line of the table with one seed."""
+    """A method on one line of the table with one seed: a run, or the first epochs of one that longer lines share."""
 
     group: str
     method: str
     seed: int
-    arguments: tuple[tuple[str, str], ...]  # flag and value, "" for a flag without one
+    arguments: tuple[tuple[str, str], ...]  # of the run: flag and value, "" for a flag without one
+    num_epochs: int  # that count here
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all epochs of the run count here."""
+        return self.num_epochs == int(dict(self.arguments)["num-epoch"])
 
     @property
     def command(self) -> list[str]:
@@ -63,8 +70,11 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The folder of the run."""
         key = hashlib.sha256(json.dumps([METHODS[self.method], self.arguments]).encode()).hexdigest()[:8]
-        return "_".join([*f"{self.group} {self.method}".replace("(", "").replace(")", "").split(), key, str(self.seed)])
+        pair = [dict(self.arguments)[flag] for flag in ("network", "dataset")]
+        method = self.method.replace("(", "").replace(")", "").split()
+        return "_".join([*pair, *method, key, str(self.seed)])
 
 
 class Race:
@@ -80,12 +90,12 @@ class Race:
         """Run what is not done. ValueError with the script's own line where a cell cannot run."""
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
-        epochs = {cell: int(dict(cell.arguments)["num-epoch"]) for cell in self.cells}
-        bar = tqdm(total=sum(epochs.values()), unit="epoch", disable=None)
+        runs = [cell for cell in self.cells if cell.is_whole]
+        bar = tqdm(total=sum(cell.num_epochs for cell in runs), unit="epoch", disable=None)
         with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = [pool.submit(self._run, cell) for cell in self.cells]
+            waiting = [pool.submit(self._run, cell) for cell in runs]
             while not all(future.done() for future in waiting):
-                bar.update(sum(len(self.rows(cell)) for cell in self.cells) - bar.n)
+                bar.update(sum(len(self.rows(cell)) for cell in runs) - bar.n)
                 time.sleep(0.5)
         bar.close()
         for future in waiting:
@@ -120,12 +130,15 @@ class Race:
                 process.terminate()  # it writes a checkpoint
 
     def rows(self, cell: Cell) -> list[dict[str, float]]:
-        """metrics.csv of a cell so far."""
-        try:
-            lines = csv.DictReader(io.StringIO((self.folder / cell.name / "metrics.csv").read_text()))
-            return [{name: float(value) for name, value in line.items()} for line in lines]
-        except OSError:
-            return []
+        """metrics.csv so far, up to the last epoch that counts."""
+        lines = csv.DictReader(io.StringIO(read_text(self.folder / cell.name / "metrics.csv")))
+        return [{name: float(value) for name, value in line.items()} for line in lines][: cell.num_epochs]
+
+    def cost(self, cell: Cell) -> dict[str, float]:
+        """cost.json, with the passes of the epochs that count."""
+        cost = self.record(cell, "cost.json")
+        share = cell.num_epochs / int(dict(cell.arguments)["num-epoch"])
+        return {name: value * share if name.endswith("_passes") else value for name, value in cost.items()}
 
     def record(self, cell: Cell, name: str) -> dict[str, Any]:
         """A JSON file of a cell's folder."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ def summarise(race: Race, target: float | None) -> list[dict[str, Any]]:
         lines.setdefault((cell.group, cell.method), []).append(cell)
     records = []
     for (group, method), cells in lines.items():
-        done = [cell for cell in cells if race.record(cell, "status.json")["status"] == "done"]
+        done = [cell for cell in cells if len(race.rows(cell)) == cell.num_epochs]  # a run that diverged ends before
         record: dict[str, Any] = {"group": group, "method": method, "seeds": len(cells), "finished": len(done)}
         runs = [race.rows(cell) for cell in done]
         if runs:
@@ -36,7 +37,7 @@ def summarise(race: Race, target: float | None) -> list[dict[str, Any]]:
                 record[f"{name}_mean"] = statistics.mean(values)
                 record[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
             record["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
-            costs = [race.record(cell, "cost.json") for cell in done]
+            costs = [race.cost(cell) for cell in done]
             record |= {name: statistics.mean(cost[name] for cost in costs) for name in COSTS}
             record["steps_per_epoch"] = costs[0]["steps_per_epoch"]
             record["runs"] = runs
@@ -142,48 +143,52 @@ def write_markdown(
 
 
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito's
+LINES = ["-", "--", ":"]
 
 
 def draw(path: Path, records: list[dict[str, Any]]) -> None:
-    """Training loss, test metric with a band over the seeds, and LR against epochs; a row for every line."""
+    """Training loss, test metric with a band over the seeds (where there are averaged weights, theirs as well), and LR
+    against epochs; a row for every line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     groups = list(dict.fromkeys(record["group"] for record in records))
+    columns = 3 + any("average_mean" in record for record in records)
     figure, panels = pyplot.subplots(
-        len(groups), 3, figsize=(14, 3.6 * len(groups)), layout="constrained", squeeze=False
+        len(groups), columns, figsize=(4.6 * columns, 3.6 * len(groups)), layout="constrained", squeeze=False
     )
     for row, group in zip(panels, groups, strict=True):
         members = [record for record in records if record["group"] == group and "runs" in record]
-        for place, record in enumerate(members):
-            style = {"color": COLOURS[place % len(COLOURS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
-            for panel, column in zip(row, ("train_loss", record["metric"], "lr"), strict=True):
+        metric = members[0]["metric"] if members else "test_acc"
+        is_accuracy = metric == "test_acc"
+        unit = "test accuracy (%)" if is_accuracy else "test perplexity"
+        shown = {"train_loss": "training loss (nats)", metric: unit, f"{metric}_average": f"{unit}, averaged weights"}
+        shown = dict(list(shown.items())[: columns - 1]) | {"lr": "learning rate (mean of the epoch)"}
+        for panel, (column, label) in zip(row, shown.items(), strict=True):
+            for place, record in enumerate(members):
+                style = {"color": COLOURS[place % len(COLOURS)], "linestyle": LINES[place // len(COLOURS) % len(LINES)]}
                 length = min(len(run) for run in record["runs"])
-                curves = [[line[column] for line in run[:length]] for run in record["runs"]]
-                middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
-                epochs = range(1, length + 1)
+                values = [[run[epoch][column] for run in record["runs"]] for epoch in range(length)]
+                middle, epochs = [statistics.mean(value) for value in values], range(1, length + 1)
                 panel.plot(epochs, middle, label=record["method"], linewidth=1.4, **style)
-                if column == record["metric"] and len(curves) > 1:
-                    deviation = [statistics.stdev(values) for values in zip(*curves, strict=True)]
+                if column.startswith(metric) and len(record["runs"]) > 1:
+                    deviation = [statistics.stdev(value) for value in values]
                     low = [m - d for m, d in zip(middle, deviation, strict=True)]
                     high = [m + d for m, d in zip(middle, deviation, strict=True)]
                     panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        metric = members[0]["metric"] if members else "test_acc"
-        labels = ("training loss (nats)", "test accuracy (%)" if metric == "test_acc" else "test perplexity",
-                  "learning rate (mean of the epoch)")
-        for panel, label in zip(row, labels, strict=True):
             panel.set(xlabel="epoch", ylabel=label)
             panel.xaxis.get_major_locator().set_params(integer=True)
-        row[2].set_yscale("log")
-        if metric == "test_ppl":
-            row[1].set_yscale("log")
-            for formatted in (row[1].yaxis.set_major_formatter, row[1].yaxis.set_minor_formatter):
-                formatted("{x:.0f}")
+            if column == "lr" or (column.startswith(metric) and not is_accuracy):
+                panel.set_yscale("log")
+            if column.startswith(metric) and not is_accuracy:
+                for formatted in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                    formatted("{x:.0f}")
         row[0].set_title(group, loc="left")
         if members:
-            row[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+            row[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -196,8 +201,14 @@ def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     groups = list(dict.fromkeys(record["group"] for record in records))
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), layout="constrained", squeeze=False)
-    for panel, group in zip(panels[0], groups, strict=True):
+    width = min(3, len(groups))
+    rows = math.ceil(len(groups) / width)
+    figure, panels = pyplot.subplots(
+        rows, width, figsize=(4.6 * width + 1, 3.6 * rows), layout="constrained", squeeze=False
+    )
+    for panel in panels.flat[len(groups):]:
+        panel.remove()
+    for panel, group in zip(panels.flat, groups, strict=False):
         members = [record for record in records if record["group"] == group and "average_mean" in record]
         points: dict[str, list[tuple[int, float, float]]] = {}
         level = 2
@@ -213,8 +224,8 @@ def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
             places, middle, deviation = zip(*values, strict=True)
             panel.errorbar(places, middle, deviation, color=color, marker="o", capsize=3, label=f"ours ({kind})")
         metric = "test accuracy (%)" if any(r["metric"] == "test_acc" for r in members) else "test perplexity"
-        panel.set(xscale="log", xlabel="T_val (steps)", ylabel=f"{metric}, averaged weights, last epoch", title=group)
+        panel.set(xscale="log", xlabel="T_val (steps)", ylabel=f"{metric}, averaged weights", title=group)
         panel.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
-    panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    panels[0, -1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

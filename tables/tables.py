@@ -10,7 +10,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
-from race import METHODS, Cell, Race  # noqa: E402
+from race import KNOWS_ITS_LENGTH, METHODS, Cell, Race  # noqa: E402
 from report import COST_COLUMNS, RESULT_COLUMNS, draw, draw_t_val, summarise, write_csv, write_markdown  # noqa: E402
 
 from data import TEXTS  # noqa: E402
@@ -26,6 +26,8 @@ TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "s
 
 POINTS = [name for name in METHODS if name.split()[0] in ("lookahead", "average")]
 HORIZON = [*POINTS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
+HORIZON_TEXT = [*POINTS, "fixed", "cosine", "onecycle", "schedule-free", "prodigy"]
+CLIPPED_SGD = ("fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho")  # of a text: their first rate is 20
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
 
@@ -69,6 +71,17 @@ def _lines(**presets: list[Pair]) -> dict[str, dict[str, Arguments]]:
 
 def _line(paper: Pair, desk: Pair, smoke: Pair) -> dict[str, dict[str, Arguments]]:
     return _lines(paper=[paper], desk=[desk], smoke=[smoke])
+
+
+def _horizons(**presets: tuple[list[Pair], list[str]]) -> dict[str, dict[str, Arguments]]:
+    """A line for every pair and number of epochs of a preset."""
+    return {
+        preset: {
+            f"{' '.join(pair)}, {epochs} epochs": {**_pair(*pair), "num-epoch": epochs}
+            for pair in pairs for epochs in lengths
+        }
+        for preset, (pairs, lengths) in presets.items()
+    }
 
 
 def _varied(preset: dict[str, tuple[Arguments, dict[str, list[str]]]]) -> dict[str, dict[str, Arguments]]:
@@ -187,12 +200,30 @@ TABLES: dict[str, Table] = {
     ),
     "horizon": Table(
         "Where the meta gradient is taken, how often, and for how long a run", HORIZON,
-        {name: {**shared, "average": ""} for name, shared in IMAGE_PRESETS.items()},
-        _varied({
-            "paper": (_pair("resnet", "cifar10"), {"num-epoch": ["50", "100", "200"]}),
-            "desk": (_pair("resnet8", "cifar10"), {"num-epoch": ["10", "30", "60"]}),
-            "smoke": (_pair("resnet8", "digits"), {"num-epoch": ["2", "3"]}),
-        }),
+        {
+            "paper": {"average": ""},
+            "desk": {"limit-train": "5000", "limit-test": "2000", "image-size": "16", "average": ""},
+            "smoke": {**IMAGE_PRESETS["smoke"], "average": ""},
+        },
+        _horizons(
+            paper=([("resnet", "cifar10"), ("wideresnet", "cifar100")], ["50", "100", "200"]),
+            desk=([("resnet8", "cifar10"), ("resnet20", "cifar10")], ["10", "30", "60"]),
+            smoke=([("resnet8", "digits")], ["2", "3"]),
+        ),
+    ),
+    "horizon-text": Table(
+        "The same race on text", HORIZON_TEXT,
+        {
+            "paper": {"average": ""},
+            "desk": {"tokens": "char", "embed-size": "64", "dropout": "0", "limit-train": "50000",
+                     "limit-test": "20000", "average": ""},
+            "smoke": {**TEXT_PRESETS["smoke"], "average": ""},
+        },
+        _horizons(
+            paper=([("lstm2", "ptb"), ("lstm3", "ptb")], ["40", "80", "150"]),
+            desk=([("lstm2", "ptb")], ["10", "30", "60"]),
+            smoke=([("lstm2", "pydoc")], ["2", "3"]),
+        ),
     ),
     "own": Table(
         "Your own class folders", STAGE, IMAGE_PRESETS,
@@ -203,13 +234,14 @@ TABLES: dict[str, Table] = {
 
 def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], changes: Arguments) -> list[Cell]:
     """The runs of a table; without `methods`, all of its. `changes` are arguments that stand over the preset's."""
-    cells = []
+    lines = {line: {**table.presets[preset], **own, **changes} for line, own in table.groups[preset].items()}
     meta_trains = any(METHODS[name][0] == "meta-train" for name in table.methods)
+    cells = []
     for seed in range(seeds):
-        for group, own in table.groups[preset].items():
-            shared = {**table.presets[preset], **own, **changes}
+        for line, shared in lines.items():
             is_text = shared["dataset"] in TEXTS
             usual = table.text_methods if is_text and table.text_methods else table.methods
+            longest = max(int(other["num-epoch"]) for other in lines.values() if _problem(other) == _problem(shared))
             for method in methods or usual:
                 if table.text_methods and method not in usual:
                     continue
@@ -218,14 +250,19 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], chan
                     arguments.setdefault("t-val", "300" if preset == "paper" else "auto")
                 if not is_text and meta_trains:  # all train on what meta-training leaves
                     arguments["num-meta"] = "100" if preset == "smoke" else "1000"
-                if is_text and method in ("hd", "rtho"):
-                    arguments["lr"] = "20"  # the usual first rate of SGD with clipped gradients
+                if is_text and method in CLIPPED_SGD:
+                    arguments["lr"] = "20"
                 if method in OWN_DIRECTION:
                     arguments.pop("momentum", None)
-                named_by_pair = group == " ".join(own.get(name, "") for name in ("network", "dataset"))
-                line = f"{arguments['network']} {arguments['dataset']}" if named_by_pair else group
-                cells.append(Cell(line, method, seed, tuple(arguments.items())))
+                if method not in KNOWS_ITS_LENGTH:  # its run on the longest line serves the shorter ones as well
+                    arguments["num-epoch"] = str(longest)
+                title = line.replace(_problem(table.groups[preset][line]), _problem(shared))
+                cells.append(Cell(title, method, seed, tuple(arguments.items()), int(shared["num-epoch"])))
     return cells
+
+
+def _problem(arguments: Arguments) -> str:
+    return f"{arguments['network']} {arguments['dataset']}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -272,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "tables/tables.py", *(argv if argv is not None else sys.argv[1:])])
     write_markdown(folder / "table.md", table.title, table.published, race, records, command)
     draw(folder / "table.png", records)
-    if args.table == "horizon":
+    if args.table.startswith("horizon"):
         draw_t_val(folder / "t_val.png", records)
     print((folder / "table.md").read_text())
     return 0

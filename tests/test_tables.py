@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from race import Cell, Race
+from race import KNOWS_ITS_LENGTH, METHODS, Cell, Race
 from report import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def check(tables, name, out, image_folder, every):
 
 
 NAMES = ["cifar10-resnet", "cifar100-wideresnet", "ptb-lstm2", "ptb-lstm3", "networks", "datasets", "imagenet",
-         "epochs", "t-val", "horizon", "own"]
+         "epochs", "t-val", "horizon", "horizon-text", "own"]
 
 
 def test_every_table_is_tested_here(tables):
@@ -102,9 +102,9 @@ def test_a_table_killed_and_started_again_gives_the_same_csv(tmp_path):
 
 
 def test_a_table_says_what_its_runs_say(tmp_path):
-    arguments = {"num-epoch": "2", "dataset": "digits"}
+    arguments = {"num-epoch": "2", "network": "resnet8", "dataset": "digits"}
     cells = [
-        Cell("line", method, seed, tuple(arguments.items()))
+        Cell("line", method, seed, tuple(arguments.items()), 2)
         for method in ("fixed", "cosine")
         for seed in (0, 1)
     ]
@@ -126,6 +126,33 @@ def test_a_table_says_what_its_runs_say(tmp_path):
     assert fixed["last_std"] == pytest.approx(8**0.5)
     assert cosine["target"] == 62 and cosine["reached"] == 2 and cosine["steps_to_target"] == 7.5
     assert cosine["seconds_to_target"] == 3.0 and cosine["relative_forward_passes"] == 1.5
+
+
+@pytest.mark.parametrize("methods", [
+    ["average 3", "sgdr"],
+    pytest.param([name for name in METHODS if name not in KNOWS_ITS_LENGTH], marks=pytest.mark.slow),
+])
+def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_one(tmp_path, methods):
+    smoke = {"network": "resnet8", "dataset": "digits", "limit-train": "100", "limit-test": "50", "batch-size": "25",
+             "num-meta": "50", "average": ""}
+
+    def cells(run_length):
+        return [Cell("line", method, 0, tuple({**smoke, "num-epoch": run_length}.items()), 1) for method in methods]
+
+    short, long = Race(cells("1"), tmp_path, 2), Race(cells("2"), tmp_path, 2)
+    for race in (short, long):
+        for cell in race.cells:
+            race._run(cell)
+    for one, other in zip(short.cells, long.cells, strict=True):
+        (row,), (begun,) = short.rows(one), long.rows(other)
+        assert {**row, "seconds": 0} == {**begun, "seconds": 0}, one.method
+
+
+def test_a_long_run_serves_the_shorter_lines(tables):
+    cells = tables.cells_of(tables.TABLES["horizon"], "smoke", 1, ["average 3", "onecycle"], {})
+    shared, own = ([cell for cell in cells if cell.method == name] for name in ("average 3", "onecycle"))
+    assert len({cell.name for cell in shared}) == 1 and [cell.is_whole for cell in shared] == [False, True]
+    assert len({cell.name for cell in own}) == 2 and all(cell.is_whole for cell in own)
 
 
 def test_a_cell_that_cannot_run_ends_the_table_with_its_line(tables, tmp_path, capsys):
