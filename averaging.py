@@ -30,7 +30,9 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
 
 
 class Average:
-    """w̄_t = β·w̄_{t−1} + (1 − β)·w_t, from w̄_0 = w_0; call update() after every step. One copy of the weights.
+    """w̄_t = β·w̄_{t−1} + (1 − β)·w_t, from w̄_0 = w_0. One copy of the weights.
+
+    Train through following(), or call update() after every step.
 
     As the meta point of a MetaMLRSNetLR it stands for the lookahead point: the meta gradient is taken at
     w̄_{t+1} = β·w̄_t + (1 − β)·(w_t − lr·d_t), whose derivative in lr is −(1 − β)·d_t. Noise averages out of w̄, so only
@@ -46,6 +48,12 @@ class Average:
 
     def update(self) -> None:
         self.model.update_parameters(self.network)
+
+    def following(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The steps of a training loop, each with its update()."""
+        for step in steps:
+            self.update()
+            yield step
 
     @contextlib.contextmanager
     def __call__(self, network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:

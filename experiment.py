@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from data import STREAMED, TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
 from distributed import data_parallel, rank
-from mlr_snet import Schedule, Step, train
+from mlr_snet import Schedule, train
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
 from utils import ROOT, Run, autocast, number, number_or_auto, pick_device, plain, save, user_errors
 
@@ -176,11 +176,9 @@ def carry_out(
     with user_errors():
         run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
 
-    def steps() -> Iterator[Step]:
-        for step in train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry):
-            if average:
-                average.update()
-            yield step
+    steps = train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry)
+    if average:
+        steps = average.following(steps)
 
     def metrics(loss: float, accuracy: float) -> dict[str, float]:
         with evaluating():
@@ -191,7 +189,7 @@ def carry_out(
                     row[f"{name}_average"] = task.evaluate(network)[name]
         return row
 
-    status = run.follow(steps(), metrics, at_epoch)
+    status = run.follow(steps, metrics, at_epoch)
     if status == 0:
         with evaluating():
             save(args.out / "network.pth", network.state_dict())

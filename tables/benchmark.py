@@ -30,10 +30,11 @@ from torchvision.transforms.functional import to_pil_image
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
+from averaging import Average, auto_decay  # noqa: E402
 from baselines import build_baseline  # noqa: E402
 from data import IMAGES, build_task  # noqa: E402
 from data.images import ImageData, ImageTask  # noqa: E402
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lr_scale, train  # noqa: E402
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, lr_scale, train  # noqa: E402
 from models import IMAGE_NETWORKS, build_network  # noqa: E402
 from utils import (  # noqa: E402
     autocast,
@@ -158,15 +159,21 @@ def plain_step(setting: Setting, network: nn.Module | None = None, task: Any = N
     return partial(next, train(network, task, optimizer, schedule, ENDLESS))
 
 
-def learned_step(setting: Setting, t_val: int | None) -> Step:
-    """SGD at the rates of an MLR-SNet that learns every t_val-th step (None: never), in the project's loop."""
+def learned_step(setting: Setting, t_val: int | None, at_average: bool = False) -> Step:
+    """SGD at the rates of an MLR-SNet that learns every t_val-th step (None: never), in the project's loop.
+
+    With at_average the loop keeps a running average of the weights, and the meta gradient is taken there.
+    """
     network, task = new_network(setting), setting.task
     optimizer = build_optimizer("sgd", network.parameters(), LR, 0.0, WEIGHT_DECAY)
     net = MLRSNet().to(setting.device)
     schedule = MLRSNetLR(optimizer, [net], task.num_classes, ENDLESS, task.steps_per_epoch)
+    average = Average(network, auto_decay(task.steps_per_epoch)) if at_average else None
     if t_val is not None:
-        schedule = MetaMLRSNetLR(optimizer, net, network, task, ENDLESS, t_val)
-    return partial(next, train(network, task, optimizer, schedule, ENDLESS))
+        point = average or lookahead
+        schedule = MetaMLRSNetLR(optimizer, net, network, task, ENDLESS, t_val, meta_point=point)
+    steps = train(network, task, optimizer, schedule, ENDLESS)
+    return partial(next, average.following(steps) if average else steps)
 
 
 def loss_of(task: Any, batch: Any, network: Any) -> Tensor:
@@ -292,8 +299,11 @@ def memory(setting: Setting) -> Measured:
 def epoch(setting: Setting) -> Measured:
     total, rounds = setting.args.epoch_steps, rounds_of("epoch", setting.args)
     variants = {"plain SGD": plain_step(setting)}
-    variants |= {f"meta-training, T_val {t_val}": learned_step(setting, t_val) for t_val in (300, 1)}
-    turns = dict.fromkeys(variants, total) | {"meta-training, T_val 1": min(total, MOST_META_STEPS)}
+    turns = {"plain SGD": total}
+    for t_val, point in itertools.product((300, 1), ("lookahead", "average")):
+        name = f"meta-training, T_val {t_val}, {point}"
+        variants[name] = learned_step(setting, t_val, at_average=point == "average")
+        turns[name] = min(total, MOST_META_STEPS) if t_val == 1 else total
     times = alternate(variants, rounds, setting.device, turns)
     rows = relative(times, "s an epoch", total)
     for name, row in rows.items():
