@@ -19,8 +19,8 @@ from utils import number, user_errors  # noqa: E402
 OWN_DIRECTION = (  # make no use of momentum
     "l4mom", "l4adam", *(name for name, flags in METHODS.items() if "--optimizer" in flags),
 )
-STAGE = ["ours (train)", "fixed", "multistep", "exponential", "cosine", "sgdr", "onecycle", "adam", "hd", "hd-adam",
-         "rtho", "l4mom", "l4adam", "schedule-free", "schedule-free-adamw", "prodigy"]
+STAGE = ["ours (train)", "fixed", "multistep", "exponential", "cosine", "cosine 0.5", "sgdr", "onecycle", "adam", "hd",
+         "hd-adam", "rtho", "l4mom", "l4adam", "schedule-free", "schedule-free-adamw", "prodigy"]
 LANGUAGE = ["ours (train)", "sgd+val", "adam+val", "hd", "rtho", "l4adam", "ours (transfer)"]
 TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "sgdr", "adam"]
 
