@@ -109,12 +109,14 @@ def write_markdown(
         unit = "test accuracy (%)" if metric == "test_acc" else "test perplexity"
         target = next((r["target"] for r in members if "target" in r), None)
         goal = "target" if target is None else f"{target:.2f}"
-        lines += [
-            f"## {group}", "",
-            f"| method | {unit}, last epoch | its averaged weights | best epoch (picked on test data) | published "
-            f"| steps to {goal} | seconds to {goal} | time | forward | backward | memory |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+        averaged = any("average_mean" in record for record in members)
+        is_published = any((group, record["method"]) in published for record in members)
+        columns = [
+            "method", f"{unit}, last epoch", *["its averaged weights"] * averaged,
+            "best epoch (picked on test data)", *["published"] * is_published,
+            f"steps to {goal}", f"seconds to {goal}", "time", "forward", "backward", "memory",
         ]
+        lines += [f"## {group}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for record in members:
             diverged = record["seeds"] - record["finished"]
             note = f" ({diverged} of {record['seeds']} diverged)" if diverged else ""
@@ -122,11 +124,11 @@ def write_markdown(
             of = f" ({reached} of {record['seeds']})" if 0 < reached < record["seeds"] else ""
             steps = f"{record['steps_to_target']:.0f}{of}" if reached else "–"
             seconds = f"{record['seconds_to_target']:.0f}{of}" if reached else "–"
-            figure = published.get((group, record["method"]), "–")
-            lines.append("| " + " | ".join([
-                record["method"] + note, *(_spread(record, name) for name in ("last", "average", "best")), figure,
-                steps, seconds, *(_times(record, name) for name in ("seconds", *COSTS)),
-            ]) + " |")
+            figures = [_spread(record, name) for name in ("last", *["average"] * averaged, "best")]
+            if is_published:
+                figures.append(published.get((group, record["method"]), "–"))
+            figures += [steps, seconds, *(_times(record, name) for name in ("seconds", *COSTS))]
+            lines.append("| " + " | ".join([record["method"] + note, *figures]) + " |")
         lines.append("")
     facts = [race.record(cell, "args.json") for cell in race.cells]
     hardware = sorted({f"{f['hardware']['gpu'] or f['hardware']['cpu']}, {f['hardware']['threads']} thread(s) a run"
@@ -157,8 +159,9 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
 
     groups = list(dict.fromkeys(record["group"] for record in records))
     columns = 3 + any("average_mean" in record for record in records)
+    height, shade = (5, 0.06) if len({record["method"] for record in records}) > 10 else (3.6, 0.12)
     figure, panels = pyplot.subplots(
-        len(groups), columns, figsize=(4.6 * columns, 3.6 * len(groups)), layout="constrained", squeeze=False
+        len(groups), columns, figsize=(4.6 * columns, height * len(groups)), layout="constrained", squeeze=False
     )
     for row, group in zip(panels, groups, strict=True):
         members = [record for record in records if record["group"] == group and "runs" in record]
@@ -173,12 +176,13 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
                 length = min(len(run) for run in record["runs"])
                 values = [[run[epoch][column] for run in record["runs"]] for epoch in range(length)]
                 middle, epochs = [statistics.mean(value) for value in values], range(1, length + 1)
-                panel.plot(epochs, middle, label=record["method"], linewidth=1.4, **style)
+                width = 2.4 if record["method"].startswith("ours") else 1.3
+                panel.plot(epochs, middle, label=record["method"], linewidth=width, **style)
                 if column.startswith(metric) and len(record["runs"]) > 1:
                     deviation = [statistics.stdev(value) for value in values]
                     low = [m - d for m, d in zip(middle, deviation, strict=True)]
                     high = [m + d for m, d in zip(middle, deviation, strict=True)]
-                    panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
+                    panel.fill_between(epochs, low, high, color=style["color"], alpha=shade, linewidth=0)
             panel.set(xlabel="epoch", ylabel=label)
             panel.xaxis.get_major_locator().set_params(integer=True)
             if column == "lr" or (column.startswith(metric) and not is_accuracy):
