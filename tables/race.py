@@ -135,13 +135,16 @@ class Race:
 
     def rows(self, cell: Cell) -> list[dict[str, float]]:
         """metrics.csv so far, up to the last epoch that counts."""
+        return self._all_rows(cell)[: cell.num_epochs]
+
+    def _all_rows(self, cell: Cell) -> list[dict[str, float]]:
         lines = csv.DictReader(io.StringIO(read_text(self.folder / cell.name / "metrics.csv")))
-        return [{name: float(value) for name, value in line.items()} for line in lines][: cell.num_epochs]
+        return [{name: float(value) for name, value in line.items()} for line in lines]
 
     def cost(self, cell: Cell) -> dict[str, float]:
         """cost.json, with the passes of the epochs that count."""
         cost = self.record(cell, "cost.json")
-        share = cell.num_epochs / int(dict(cell.arguments)["num-epoch"])
+        share = cell.num_epochs / len(self._all_rows(cell))
         return {name: value * share if name.endswith("_passes") else value for name, value in cost.items()}
 
     def record(self, cell: Cell, name: str) -> dict[str, Any]:
