@@ -94,7 +94,7 @@ class Race:
         """Run what is not done. ValueError with the script's own line where a cell cannot run."""
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
-        runs = [cell for cell in self.cells if cell.is_whole]
+        runs = list({cell.name: cell for cell in self.cells if cell.is_whole}.values())  # each once
         bar = tqdm(total=sum(cell.num_epochs for cell in runs), unit="epoch", disable=None)
         with ThreadPoolExecutor(self.jobs) as pool:
             waiting = [pool.submit(self._run, cell) for cell in runs]
