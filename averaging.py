@@ -24,7 +24,9 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
     """BatchNorm statistics measured anew on up to 50 training batches; on leaving, the network's own are back."""
     with kept(list(network.buffers())):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            update_bn(itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch)), network)
+            batches = itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch))
+            with torch.compiler.set_stance("force_eager"):  # a mean over batches would be compiled anew at each of them
+                update_bn(batches, network)
             average_buffers(network)
         yield
 

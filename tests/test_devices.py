@@ -103,6 +103,18 @@ def test_a_compiled_network_is_not_compiled_again_from_step_to_step():
     assert counter.frame_count == compiled and len(set(rates)) == 3
 
 
+def test_fresh_statistics_of_a_compiled_network_compile_nothing():
+    from torch._dynamo.testing import CompileCounter
+
+    task, counter = digits(), CompileCounter()
+    network = build_network("resnet8", task.num_classes)
+    network.compile(backend=counter)
+    with Average(network, 0.9).swapped_in(task):
+        assert counter.frame_count == 0
+        task.evaluate(network)
+    assert counter.frame_count > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_call_of_a_steady_step_waits_for_the_gpu(kind):
