@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
     "ours (transfer) gamma 0.067": ("meta-test", "--schedule", "mlr-snet", "--gamma", "0.067"),
     "fixed": ("meta-test", "--schedule", "fixed"),
     "fixed 0.4": ("meta-test", "--schedule", "fixed", "--lr", "0.4"),
+    "fixed 5": ("meta-test", "--schedule", "fixed", "--lr", "5"),
     "multistep": ("meta-test", "--schedule", "multistep"),
     "exponential": ("meta-test", "--schedule", "exponential"),
     "cosine": ("meta-test", "--schedule", "cosine"),

@@ -26,7 +26,8 @@ TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "s
 
 POINTS = [name for name in METHODS if name.split()[0] in ("lookahead", "average")]
 HORIZON = [*POINTS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
-HORIZON_TEXT = [*POINTS, "fixed", "cosine", "onecycle", "schedule-free", "prodigy"]
+HORIZON_TEXT = [*POINTS, "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
+FEWER = {"limit-train": "3000", "limit-test": "1000"}  # images, for a network that takes longer
 CLIPPED_SGD = ("fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho")  # of a text: their first rate is 20
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
@@ -60,8 +61,8 @@ TEXT_PRESETS: dict[str, Arguments] = {
 Pair = tuple[str, str]  # network and data set
 
 
-def _pair(network: str, dataset: str) -> Arguments:
-    return {"network": network, "dataset": dataset}
+def _pair(network: str, dataset: str, **own: str) -> Arguments:
+    return {"network": network, "dataset": dataset, **own}
 
 
 def _lines(**presets: list[Pair]) -> dict[str, dict[str, Arguments]]:
@@ -73,15 +74,19 @@ def _line(paper: Pair, desk: Pair, smoke: Pair) -> dict[str, dict[str, Arguments
     return _lines(paper=[paper], desk=[desk], smoke=[smoke])
 
 
-def _horizons(**presets: tuple[list[Pair], list[str]]) -> dict[str, dict[str, Arguments]]:
-    """A line for every pair and number of epochs of a preset."""
+def _horizons(**presets: tuple[list[Arguments], list[str]]) -> dict[str, dict[str, Arguments]]:
+    """A line for every problem and number of epochs of a preset."""
     return {
         preset: {
-            f"{' '.join(pair)}, {epochs} epochs": {**_pair(*pair), "num-epoch": epochs}
-            for pair in pairs for epochs in lengths
+            f"{_problem(problem)}, {epochs} epochs": {**problem, "num-epoch": epochs}
+            for problem in problems for epochs in lengths
         }
-        for preset, (pairs, lengths) in presets.items()
+        for preset, (problems, lengths) in presets.items()
     }
+
+
+def _problem(arguments: Arguments) -> str:
+    return f"{arguments['network']} {arguments['dataset']}"
 
 
 def _varied(preset: dict[str, tuple[Arguments, dict[str, list[str]]]]) -> dict[str, dict[str, Arguments]]:
@@ -206,23 +211,23 @@ TABLES: dict[str, Table] = {
             "smoke": {**IMAGE_PRESETS["smoke"], "average": ""},
         },
         _horizons(
-            paper=([("resnet", "cifar10"), ("wideresnet", "cifar100")], ["50", "100", "200"]),
-            desk=([("resnet8", "cifar10"), ("resnet20", "cifar10")], ["10", "30", "60"]),
-            smoke=([("resnet8", "digits")], ["2", "3"]),
+            paper=([_pair("resnet", "cifar10"), _pair("wideresnet", "cifar100")], ["50", "100", "200"]),
+            desk=([_pair("resnet8", "cifar10"), _pair("resnet20", "cifar10", **FEWER)], ["10", "30", "60"]),
+            smoke=([_pair("resnet8", "digits")], ["2", "3"]),
         ),
     ),
     "horizon-text": Table(
         "The same race on text", HORIZON_TEXT,
         {
             "paper": {"average": ""},
-            "desk": {"tokens": "char", "embed-size": "64", "dropout": "0", "limit-train": "50000",
+            "desk": {"tokens": "char", "embed-size": "64", "dropout": "0.1", "limit-train": "50000",
                      "limit-test": "20000", "average": ""},
             "smoke": {**TEXT_PRESETS["smoke"], "average": ""},
         },
         _horizons(
-            paper=([("lstm2", "ptb"), ("lstm3", "ptb")], ["40", "80", "150"]),
-            desk=([("lstm2", "ptb")], ["10", "30", "60"]),
-            smoke=([("lstm2", "pydoc")], ["2", "3"]),
+            paper=([_pair("lstm2", "ptb"), _pair("lstm3", "ptb")], ["40", "80", "150"]),
+            desk=([_pair("lstm2", "ptb")], ["5", "15", "30"]),
+            smoke=([_pair("lstm2", "pydoc")], ["2", "3"]),
         ),
     ),
     "own": Table(
@@ -259,10 +264,6 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], chan
                 title = line.replace(_problem(table.groups[preset][line]), _problem(shared))
                 cells.append(Cell(title, method, seed, tuple(arguments.items()), int(shared["num-epoch"])))
     return cells
-
-
-def _problem(arguments: Arguments) -> str:
-    return f"{arguments['network']} {arguments['dataset']}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
