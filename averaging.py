@@ -25,7 +25,8 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
     with kept(list(network.buffers())):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             batches = itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch))
-            with torch.compiler.set_stance("force_eager"):  # a mean over batches would be compiled anew at each of them
+            # Eager, for a mean over batches would be compiled anew at each of them.
+            with torch.compiler.set_stance("force_eager"), task.autocast():
                 update_bn(batches, network)
             average_buffers(network)
         yield
