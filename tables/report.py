@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ def summarise(race: Race, target: float | None) -> list[dict[str, Any]]:
     records = []
     for (group, method), cells in lines.items():
         done = [cell for cell in cells if len(race.rows(cell)) == cell.num_epochs]  # a run that diverged ends before
-        record: dict[str, Any] = {"group": group, "method": method, "seeds": len(cells), "finished": len(done)}
+        arguments = dict(cells[0].arguments)
+        record: dict[str, Any] = {
+            "group": group, "method": method, "seeds": len(cells), "finished": len(done),
+            "problem": f"{arguments['network']} {arguments['dataset']}",
+            "epochs": cells[0].num_epochs, "is_whole": cells[0].is_whole,
+        }
         runs = [race.rows(cell) for cell in done]
         if runs:
             metric = "test_acc" if "test_acc" in runs[0][0] else "test_ppl"
@@ -144,6 +150,19 @@ def write_markdown(
     write_atomically(path, "\n".join(lines).encode())
 
 
+def by_problem(records: list[dict[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """The whole runs of these methods with a line for every problem, not for every length of a run."""
+    whole = [record for record in records if record["is_whole"] and record["method"] in methods]
+    lengths = Counter((record["problem"], record["method"]) for record in whole)
+    return [
+        record | {
+            "group": record["problem"],
+            "method": record["method"] + f" of {record['epochs']}" * (lengths[record["problem"], record["method"]] > 1),
+        }
+        for record in sorted(whole, key=lambda record: methods.index(record["method"]))
+    ]
+
+
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito's
 LINES = ["-", "--", ":"]
 
@@ -176,7 +195,7 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
                 length = min(len(run) for run in record["runs"])
                 values = [[run[epoch][column] for run in record["runs"]] for epoch in range(length)]
                 middle, epochs = [statistics.mean(value) for value in values], range(1, length + 1)
-                width = 2.4 if record["method"].startswith("ours") else 1.3
+                width = 2.4 if record["method"].startswith(("ours", "average")) else 1.3
                 panel.plot(epochs, middle, label=record["method"], linewidth=width, **style)
                 if column.startswith(metric) and len(record["runs"]) > 1:
                     deviation = [statistics.stdev(value) for value in values]

@@ -11,7 +11,16 @@ SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
 from race import KNOWS_ITS_LENGTH, METHODS, Cell, Race  # noqa: E402
-from report import COST_COLUMNS, RESULT_COLUMNS, draw, draw_t_val, summarise, write_csv, write_markdown  # noqa: E402
+from report import (  # noqa: E402
+    COST_COLUMNS,
+    RESULT_COLUMNS,
+    by_problem,
+    draw,
+    draw_t_val,
+    summarise,
+    write_csv,
+    write_markdown,
+)
 
 from data import TEXTS  # noqa: E402
 from utils import number, user_errors  # noqa: E402
@@ -27,7 +36,8 @@ TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "s
 POINTS = [name for name in METHODS if name.split()[0] in ("lookahead", "average")]
 HORIZON = [*POINTS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
 HORIZON_TEXT = [*POINTS, "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
-FEWER = {"limit-train": "3000", "limit-test": "1000"}  # images, for a network that takes longer
+STOP_ANYWHERE = ["average 10", "lookahead 10", *dict.fromkeys(HORIZON[len(POINTS):] + HORIZON_TEXT[len(POINTS):])]
+FEWER = {"limit-train": "2000", "limit-test": "1000"}  # images, for a network that takes longer
 CLIPPED_SGD = ("fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho")  # of a text: their first rate is 20
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
@@ -309,9 +319,10 @@ def main(argv: list[str] | None = None) -> int:
     write_csv(folder / "cost.csv", COST_COLUMNS, records)
     command = shlex.join(["python", "tables/tables.py", *(argv if argv is not None else sys.argv[1:])])
     write_markdown(folder / "table.md", table.title, table.published, race, records, command)
-    draw(folder / "table.png", records)
     if args.table.startswith("horizon"):
         draw_t_val(folder / "t_val.png", records)
+        records = by_problem(records, STOP_ANYWHERE)
+    draw(folder / "table.png", records)
     print((folder / "table.md").read_text())
     return 0
 
