@@ -435,7 +435,7 @@ class Run:
         write_atomically(self.args.out / "cost.json", json.dumps(self.cost, indent=1).encode())
 
     def _draw(self) -> None:
-        """run.png: training and test loss, accuracy or perplexity, and LR against epochs."""
+        """run.png: training and test loss, accuracy or perplexity, the averaged weights' too, and LR against epochs."""
         if rank():
             return
         import matplotlib
@@ -448,10 +448,13 @@ class Run:
         metric = ("acc", "accuracy (%)") if "test_acc" in self.rows[0] else ("ppl", "perplexity")
         columns = (("loss", "loss (nats)"), metric)
         for panel, (column, label) in zip(panels, columns, strict=False):
-            for split, style in (("train", "-"), ("test", "--")):
-                panel.plot(epochs, [row[f"{split}_{column}"] for row in self.rows], style, label=split)
+            curves = {f"train_{column}": ("-", "train"), f"test_{column}": ("--", "test"),
+                      f"test_{column}_average": ("k-", "test, averaged weights")}
+            for name, (style, title) in curves.items():
+                if name in self.rows[0]:
+                    panel.plot(epochs, [row[name] for row in self.rows], style, label=title)
             panel.set(xlabel="epoch", ylabel=label)
-            panel.legend()
+            panel.legend(fontsize="small")
         panels[2].plot(epochs, [row["lr"] for row in self.rows], "k-")
         panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
         panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # a rate that stands still stays off the frame
