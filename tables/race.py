@@ -24,6 +24,7 @@ METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
     "ours (transfer)": ("meta-test", "--schedule", "mlr-snet"),
     # Learned without momentum; 0.9 makes a step ten times as long, and γ begins at 0.67 where there are ten classes.
     "ours (transfer) gamma 0.067": ("meta-test", "--schedule", "mlr-snet", "--gamma", "0.067"),
+    "ours (transfer) average": ("meta-test", "--schedule", "mlr-snet", "--nets", "average"),
     "fixed": ("meta-test", "--schedule", "fixed"),
     "fixed 0.4": ("meta-test", "--schedule", "fixed", "--lr", "0.4"),
     "fixed 5": ("meta-test", "--schedule", "fixed", "--lr", "5"),

@@ -34,9 +34,10 @@ LANGUAGE = ["ours (train)", "sgd+val", "adam+val", "hd", "rtho", "l4adam", "ours
 TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "sgdr", "adam"]
 
 POINTS = [name for name in METHODS if name.split()[0] in ("lookahead", "average")]
-HORIZON = [*POINTS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
-HORIZON_TEXT = [*POINTS, "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
-STOP_ANYWHERE = ["average 10", "lookahead 10", *dict.fromkeys(HORIZON[len(POINTS):] + HORIZON_TEXT[len(POINTS):])]
+OURS = [*POINTS, "ours (transfer) average"]
+HORIZON = [*OURS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
+HORIZON_TEXT = [*OURS, "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
+STOP_ANYWHERE = [name for name in dict.fromkeys(HORIZON + HORIZON_TEXT) if name not in POINTS or name.endswith(" 10")]
 FEWER = {"limit-train": "2000", "limit-test": "1000"}  # images, for a network that takes longer
 CLIPPED_SGD = ("fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho")  # of a text: their first rate is 20
 
@@ -295,6 +296,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--table: choose from {', '.join(TABLES)}")
     if any("=" not in change for change in args.changes):
         parser.error("--set takes FLAG=VALUE, such as num-epoch=10")
+    args.changes = dict(change.removeprefix("--").split("=", 1) for change in args.changes)
+    for flag in args.changes if args.table else []:
+        values = [own.get(flag) for own in TABLES[args.table].groups[args.preset].values()]
+        if None not in values and len(set(values)) > 1:
+            parser.error(f"--set {flag}: the lines of {args.table} differ in it; leave it out")
     return args
 
 
@@ -304,8 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{name:20} {table.title}" for name, table in TABLES.items()))
         return 0
     table = TABLES[args.table]
-    changes = dict(change.removeprefix("--").split("=", 1) for change in args.changes)
-    cells = cells_of(table, args.preset, args.seeds, args.only or [], changes)
+    cells = cells_of(table, args.preset, args.seeds, args.only or [], args.changes)
     folder = args.out.absolute() / f"{args.table}-{args.preset}"
     race = Race(cells, folder / "runs", args.jobs)
     with user_errors():

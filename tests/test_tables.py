@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from race import KNOWS_ITS_LENGTH, METHODS, Cell, Race
-from report import summarise
+from report import by_problem, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tables" / "tables.py"
@@ -153,6 +153,26 @@ def test_a_long_run_serves_the_shorter_lines(tables):
     shared, own = ([cell for cell in cells if cell.method == name] for name in ("average 3", "onecycle"))
     assert len({cell.name for cell in shared}) == 1 and [cell.is_whole for cell in shared] == [False, True]
     assert len({cell.name for cell in own}) == 2 and all(cell.is_whole for cell in own)
+
+
+@pytest.mark.parametrize(
+    ("table", "change"), [("horizon", "num-epoch=2"), ("networks", "network=resnet8"), ("own", "x")]
+)
+def test_changes_that_cannot_be_are_one_line_and_status_2(tables, capsys, table, change):
+    with pytest.raises(SystemExit) as exit:
+        tables.main(["--table", table, "--set", change])
+    assert exit.value.code == 2 and "error: --set" in capsys.readouterr().err
+
+
+def test_a_picture_by_problem_has_every_whole_run_once(tables):
+    cells = tables.cells_of(tables.TABLES["horizon"], "smoke", 1, ["fixed", "average 3", "onecycle"], {})
+    records = [
+        {"problem": "p", "method": cell.method, "epochs": cell.num_epochs, "is_whole": cell.is_whole}
+        for cell in cells
+    ]
+    drawn = by_problem(records, ["onecycle", "fixed"])
+    assert [record["method"] for record in drawn] == ["onecycle of 2", "onecycle of 3", "fixed"]
+    assert {record["group"] for record in drawn} == {"p"}
 
 
 def test_a_cell_that_cannot_run_ends_the_table_with_its_line(tables, tmp_path, capsys):
