@@ -30,8 +30,10 @@ from directions import Update, check_affine, update_directions, with_gradient
 from distributed import over_ranks
 from utils import MetaStream, descend, kept, lr_ratios, on_host, set_lr
 
-# Learned on CIFAR-10 images, after 1/200, 1/2 and all of a run; meta-test/provenance.json says how.
+# Learned on CIFAR-10 images, after 1/200, 1/2 and all of a run, and at averaged weights (one net); provenance.json
+# beside them says how.
 SHIPPED = [Path(__file__).resolve().parent / "meta-test" / f"mlr_snet_{epoch}.pth" for epoch in (1, 100, 200)]
+SHIPPED_AVERAGE = [SHIPPED[0].with_name("mlr_snet_average.pth")]
 
 # ---------------------------------------------------------------------------------------------- the net, A(·; θ)
 
@@ -126,7 +128,12 @@ def load_schedule(path: str | Path) -> MLRSNet:
 
 
 def load_schedules(paths: Sequence[str | Path]) -> list[MLRSNet]:
-    """The nets of several files, or of one meta-train run folder: its snapshots at 1/200, 1/2 and 1 of the run."""
+    """The nets of several files, or of one meta-train run folder: its snapshots at 1/200, 1/2 and 1 of the run.
+
+    ["average"] stands for SHIPPED_AVERAGE.
+    """
+    if [str(path) for path in paths] == ["average"]:
+        paths = SHIPPED_AVERAGE
     if len(paths) == 1 and Path(paths[0]).is_dir():
         folder = Path(paths[0])
         try:

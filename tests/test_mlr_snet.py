@@ -299,6 +299,15 @@ def test_the_shipped_schedules_fall_over_the_run():
     assert settled == sorted(settled, reverse=True) and settled[0] > 2 * settled[2]
 
 
+def test_the_shipped_schedule_of_averaged_weights_goes_by_its_name_and_does_not_fall():
+    (net,) = load_schedules(["average"])
+    state, fractions = net.initial_state(), []
+    for step in range(1000):
+        fraction, state = net(torch.tensor(2.3 - 0.002 * step), state)
+        fractions.append(fraction.item())
+    assert min(fractions) > 0.5 * max(fractions) and 0.2 < fractions[-1] < 0.9
+
+
 def test_a_scheduler_resumes_to_the_bit():
     def make():
         torch.manual_seed(0)
