@@ -132,7 +132,7 @@ def load_schedules(paths: Sequence[str | Path]) -> list[MLRSNet]:
 
     ["average"] stands for SHIPPED_AVERAGE.
     """
-    if [str(path) for path in paths] == ["average"]:
+    if list(paths) == ["average"]:
         paths = SHIPPED_AVERAGE
     if len(paths) == 1 and Path(paths[0]).is_dir():
         folder = Path(paths[0])

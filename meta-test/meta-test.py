@@ -21,9 +21,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="shufflenetv2", help="(default: shufflenetv2)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
     add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", help="(default: mlr-snet)")
-    add("--nets", type=Path, nargs="+", default=SHIPPED, metavar="FILE",
-        help="learned schedules that share the run in turn, one folder of a meta-train run, or average: the "
-        "shipped net that was learned at averaged weights (default: the three that lie beside this script)")
+    add("--nets", type=lambda text: text if text == "average" else Path(text), nargs="+", default=SHIPPED,
+        metavar="FILE", help="learned schedules that share the run in turn, one folder of a meta-train run, or "
+        "average: the shipped net that was learned at averaged weights (default: the three beside this script)")
     add("--lr", type=number(float, 0, above=True),
         help="initial rate of a baseline (default: 0.1; val on SGD: 20; adam, adamw: 1e-3; schedule-free: 1 for sgd, "
         "0.0025 for adamw; prodigy: 1, a factor)")

@@ -138,13 +138,14 @@ def test_a_schedule_learned_on_text_drives_an_image_network(language, tmp_path, 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("schedule", ["shipped", "learned", "multistep", "rtho"])
+@pytest.mark.parametrize("schedule", ["shipped", "average", "learned", "multistep", "rtho"])
 def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(reference, tmp_path, schedule, capsys):
-    choice = {"shipped": [], "learned": ["--nets", reference], "multistep": ["--schedule", "multistep"],
-              "rtho": ["--schedule", "rtho", "--num-meta", "100"]}[schedule]
+    choice = {"shipped": [], "average": ["--nets", "average"], "learned": ["--nets", reference],
+              "multistep": ["--schedule", "multistep"], "rtho": ["--schedule", "rtho", "--num-meta", "100"]}[schedule]
     done = call(capsys, META_TEST, *SMALL, *choice, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert len(results(tmp_path / "run")[0]) == 4
+    assert call(capsys, META_TEST, *SMALL[:4], "--resume", "--out", tmp_path / "run").returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [
