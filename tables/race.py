@@ -47,6 +47,9 @@ METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
     "prodigy": ("meta-test", "--schedule", "prodigy", *ADAM),
     **{f"{point} {t_val}": ("meta-train", "--meta-point", point, "--t-val", str(t_val))
        for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)},
+    # Twice the γ that the loss gives: of ten classes, and of some hundred characters.
+    **{f"average 10 gamma {gamma}": ("meta-train", "--meta-point", "average", "--t-val", "10", "--gamma", gamma)
+       for gamma in ("1.34", "17")},
 }
 KNOWS_ITS_LENGTH = (
     "ours (train)", "ours (transfer)", "ours (transfer) gamma 0.067", "multistep", "cosine", "cosine 0.5", "onecycle",

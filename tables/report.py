@@ -237,11 +237,11 @@ def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
         level = 2
         for record in members:
             kind, _, t_val = record["method"].partition(" ")
-            if kind in ("lookahead", "average"):
+            if kind in ("lookahead", "average") and t_val.isdigit():
                 points.setdefault(kind, []).append((int(t_val), record["average_mean"], record["average_std"] or 0.0))
             else:
-                color = COLOURS[level % len(COLOURS)]
-                panel.axhline(record["average_mean"], color=color, linestyle=":", label=record["method"])
+                style = {"color": COLOURS[level % len(COLOURS)], "linestyle": (":", "--")[level // len(COLOURS) % 2]}
+                panel.axhline(record["average_mean"], label=record["method"], **style)
                 level += 1
         for (kind, values), color in zip(points.items(), COLOURS, strict=False):
             places, middle, deviation = zip(*values, strict=True)

@@ -33,12 +33,12 @@ STAGE = ["ours (train)", "fixed", "multistep", "exponential", "cosine", "cosine 
 LANGUAGE = ["ours (train)", "sgd+val", "adam+val", "hd", "rtho", "l4adam", "ours (transfer)"]
 TRANSFER = ["ours (transfer)", "fixed", "multistep", "exponential", "cosine", "sgdr", "adam"]
 
-POINTS = [name for name in METHODS if name.split()[0] in ("lookahead", "average")]
+POINTS = [f"{point} {t_val}" for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)]
 OURS = [*POINTS, "ours (transfer) average"]
-HORIZON = [*OURS, "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
-HORIZON_TEXT = [*OURS, "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
+HORIZON = [*OURS, "average 10 gamma 1.34", "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
+HORIZON_TEXT = [*OURS, "average 10 gamma 17", "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
 STOP_ANYWHERE = [name for name in dict.fromkeys(HORIZON + HORIZON_TEXT) if name not in POINTS or name.endswith(" 10")]
-FEWER = {"limit-train": "2000", "limit-test": "1000"}  # images, for a network that takes longer
+FEWER = {"image-size": "12", "limit-train": "2000", "limit-test": "1000"}  # for a network that takes longer
 CLIPPED_SGD = ("fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho")  # of a text: their first rate is 20
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
