@@ -38,7 +38,7 @@ OURS = [*POINTS, "ours (transfer) average"]
 HORIZON = [*OURS, "average 10 gamma 1.34", "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy"]
 HORIZON_TEXT = [*OURS, "average 10 gamma 17", "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy"]
 STOP_ANYWHERE = [name for name in dict.fromkeys(HORIZON + HORIZON_TEXT) if name not in POINTS or name.endswith(" 10")]
-FEWER = {"image-size": "12", "limit-train": "2000", "limit-test": "1000"}  # for a network that takes longer
+FEWER = {"limit-train": "2000", "limit-test": "1000"}  # for a network that takes longer
 CLIPPED_SGD = ("fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho")  # of a text: their first rate is 20
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value
@@ -85,14 +85,14 @@ def _line(paper: Pair, desk: Pair, smoke: Pair) -> dict[str, dict[str, Arguments
     return _lines(paper=[paper], desk=[desk], smoke=[smoke])
 
 
-def _horizons(**presets: tuple[list[Arguments], list[str]]) -> dict[str, dict[str, Arguments]]:
-    """A line for every problem and number of epochs of a preset."""
+def _horizons(**presets: list[tuple[Arguments, list[str]]]) -> dict[str, dict[str, Arguments]]:
+    """A line for every problem of a preset and every number of epochs that it is given."""
     return {
         preset: {
             f"{_problem(problem)}, {epochs} epochs": {**problem, "num-epoch": epochs}
-            for problem in problems for epochs in lengths
+            for problem, lengths in problems for epochs in lengths
         }
-        for preset, (problems, lengths) in presets.items()
+        for preset, problems in presets.items()
     }
 
 
@@ -222,9 +222,11 @@ TABLES: dict[str, Table] = {
             "smoke": {**IMAGE_PRESETS["smoke"], "average": ""},
         },
         _horizons(
-            paper=([_pair("resnet", "cifar10"), _pair("wideresnet", "cifar100")], ["50", "100", "200"]),
-            desk=([_pair("resnet8", "cifar10"), _pair("resnet20", "cifar10", **FEWER)], ["10", "30", "60"]),
-            smoke=([_pair("resnet8", "digits")], ["2", "3"]),
+            paper=[(_pair("resnet", "cifar10"), ["50", "100", "200"]),
+                   (_pair("wideresnet", "cifar100"), ["50", "100", "200"])],
+            desk=[(_pair("resnet8", "cifar10"), ["10", "30", "60"]),
+                  (_pair("resnet20", "cifar10", **FEWER), ["10", "30"])],
+            smoke=[(_pair("resnet8", "digits"), ["2", "3"])],
         ),
     ),
     "horizon-text": Table(
@@ -236,9 +238,9 @@ TABLES: dict[str, Table] = {
             "smoke": {**TEXT_PRESETS["smoke"], "average": ""},
         },
         _horizons(
-            paper=([_pair("lstm2", "ptb"), _pair("lstm3", "ptb")], ["40", "80", "150"]),
-            desk=([_pair("lstm2", "ptb")], ["5", "15", "30"]),
-            smoke=([_pair("lstm2", "pydoc")], ["2", "3"]),
+            paper=[(_pair("lstm2", "ptb"), ["40", "80", "150"]), (_pair("lstm3", "ptb"), ["40", "80", "150"])],
+            desk=[(_pair("lstm2", "ptb"), ["5", "15", "30"])],
+            smoke=[(_pair("lstm2", "pydoc"), ["2", "3"])],
         ),
     ),
     "own": Table(
