@@ -204,16 +204,22 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
                     panel.fill_between(epochs, low, high, color=style["color"], alpha=shade, linewidth=0)
             panel.set(xlabel="epoch", ylabel=label)
             panel.xaxis.get_major_locator().set_params(integer=True)
-            if column == "lr" or (column.startswith(metric) and not is_accuracy):
+            if column == "lr":
                 panel.set_yscale("log")
             if column.startswith(metric) and not is_accuracy:
-                for formatted in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-                    formatted("{x:.0f}")
+                _logarithmic(panel)
         row[0].set_title(group, loc="left")
         if members:
             row[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _logarithmic(panel: Any) -> None:
+    """A scale for perplexities, with whole numbers beside it."""
+    panel.set_yscale("log")
+    for formatted in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        formatted("{x:.0f}")
 
 
 def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
@@ -248,6 +254,8 @@ def draw_t_val(path: Path, records: list[dict[str, Any]]) -> None:
             panel.errorbar(places, middle, deviation, color=color, marker="o", capsize=3, label=f"ours ({kind})")
         metric = "test accuracy (%)" if any(r["metric"] == "test_acc" for r in members) else "test perplexity"
         panel.set(xscale="log", xlabel="T_val (steps)", ylabel=f"{metric}, averaged weights", title=group)
+        if metric == "test perplexity":
+            _logarithmic(panel)
         panel.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     panels[0, -1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=110)
