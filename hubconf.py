@@ -23,6 +23,6 @@ def mlr_snet_lr(
     nets: Sequence[str | Path] | None = None,
     **options: object,
 ) -> _mlr_snet.MLRSNetLR:
-    """The scheduler around an optimizer, with the nets of .pth files or of a run folder (default: the shipped)."""
+    """The scheduler around an optimizer, with the nets that load_schedules takes (default: the three shipped)."""
     schedules = _mlr_snet.load_schedules(nets or _mlr_snet.SHIPPED)
     return _mlr_snet.MLRSNetLR(optimizer, schedules, num_classes, num_epochs, steps_per_epoch, **options)  # type: ignore
