@@ -225,7 +225,7 @@ TABLES: dict[str, Table] = {
             paper=[(_pair("resnet", "cifar10"), ["50", "100", "200"]),
                    (_pair("wideresnet", "cifar100"), ["50", "100", "200"])],
             desk=[(_pair("resnet8", "cifar10"), ["10", "30", "60"]),
-                  (_pair("resnet20", "cifar10", **FEWER), ["10", "30"])],
+                  (_pair("resnet20", "cifar10", **FEWER), ["10", "30", "60"])],
             smoke=[(_pair("resnet8", "digits"), ["2", "3"])],
         ),
     ),
@@ -239,7 +239,7 @@ TABLES: dict[str, Table] = {
         },
         _horizons(
             paper=[(_pair("lstm2", "ptb"), ["40", "80", "150"]), (_pair("lstm3", "ptb"), ["40", "80", "150"])],
-            desk=[(_pair("lstm2", "ptb"), ["5", "15", "30"])],
+            desk=[(_pair("lstm2", "ptb"), ["10", "30", "60"])],
             smoke=[(_pair("lstm2", "pydoc"), ["2", "3"])],
         ),
     ),
