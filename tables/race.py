@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +102,8 @@ class Race:
         bar = tqdm(total=sum(cell.num_epochs for cell in runs), unit="epoch", disable=None)
         with ThreadPoolExecutor(self.jobs) as pool:
             waiting = [pool.submit(self._run, cell) for cell in runs]
-            while not all(future.done() for future in waiting):
+            while wait(waiting, timeout=10).not_done:  # it reads all runs, and the cores are wanted
                 bar.update(sum(len(self.rows(cell)) for cell in runs) - bar.n)
-                time.sleep(0.5)
         bar.close()
         for future in waiting:
             future.result()
