@@ -11,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from directions import Update
 from distributed import average_buffers
-from utils import descend, kept
+from mlr_snet import lookahead
+from utils import kept
 
 
 def auto_decay(steps_per_epoch: int) -> float:
@@ -22,7 +23,7 @@ def auto_decay(steps_per_epoch: int) -> float:
 @contextlib.contextmanager
 def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
     """BatchNorm statistics measured anew on up to 50 training batches; on leaving, the network's own are back."""
-    with kept(list(network.buffers())):
+    with kept(network.buffers()):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             batches = itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch))
             # Eager, for a mean over batches would be compiled anew at each of them.
@@ -59,28 +60,25 @@ class Average:
             yield step
 
     @contextlib.contextmanager
-    def __call__(self, network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:
-        """The network at w̄_{t+1}; on leaving, it is as before, to the bit."""
-        update = list(update)  # made before the weights move
-        with self._mixed(self.decay):
-            descend(update, (1 - self.decay) * lr)
-            yield network
+    def __call__(self, network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[dict[Tensor, Tensor]]:
+        """Inside, the network is at w̄_{t+1}; yields w_t by parameter. On leaving, it is as before, to the bit."""
+        with lookahead(network, update, lr) as weights:
+            self._mix_in(self.decay)
+            yield weights
 
     @contextlib.contextmanager
     def swapped_in(self, task: Any) -> Iterator[nn.Module]:
         """The network at w̄_t, ready to be evaluated; on leaving, it is as before, to the bit."""
-        with self._mixed(1.0), fresh_statistics(self.network, task):
-            yield self.network
+        with kept(self.network.parameters()):
+            self._mix_in(1.0)
+            with fresh_statistics(self.network, task):
+                yield self.network
 
-    @contextlib.contextmanager
-    def _mixed(self, share: float) -> Iterator[None]:
-        """The network at share·w̄_t + (1 − share)·w_t."""
-        parameters = list(self.network.parameters())
-        with kept(parameters + list(self.network.buffers())):
-            with torch.no_grad():
-                for parameter, mean in zip(parameters, self.model.parameters(), strict=True):
-                    parameter.lerp_(mean, share)
-            yield
+    @torch.no_grad()
+    def _mix_in(self, share: float) -> None:
+        """w ← share·w̄_t + (1 − share)·w."""
+        for parameter, mean in zip(self.network.parameters(), self.model.parameters(), strict=True):
+            parameter.lerp_(mean, share)
 
     def state_dict(self) -> dict[str, Any]:
         return self.model.state_dict()

@@ -177,7 +177,7 @@ class HD(Adaptive):
     def step(self, loss: float | Tensor) -> None:
         if self.last:
             self.lr = _positive(self.lr + self.beta * float(_dot(self._decayed_gradients(), self.last)))
-        self.last = [direction for _, direction in update_directions(self.optimizer)]
+        self.last = [direction(parameter) for parameter, direction in update_directions(self.optimizer).items()]
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
 
@@ -229,7 +229,7 @@ class RTHO(Adaptive):
         products = torch.autograd.grad(graph, parameters, self.along_weights, materialize_grads=True)
         gradients, curved = ([over_ranks(part) for part in many] for many in (graph, products))  # ∇L and H·Z₀
         if self.num_steps:
-            with kept(list(self.network.buffers())):
+            with kept(self.network.buffers()):
                 value = self.meta.next_loss(self.network)
                 slopes = torch.autograd.grad(value, parameters, materialize_grads=True)
             slope = over_ranks(_dot(list(slopes), self.along_weights))
@@ -238,10 +238,10 @@ class RTHO(Adaptive):
             whole, taken = (nn.utils.get_total_norm(many) for many in (gradients, _gradients(parameters)))
             clip = taken / whole if whole > 0 else 1.0
             momentum, weight_decay = (self.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay"))
-            for index, (_, direction) in enumerate(update_directions(self.optimizer)):
+            for index, (parameter, direction) in enumerate(update_directions(self.optimizer).items()):
                 weights, velocity = self.along_weights[index], self.along_velocity[index]
                 velocity.mul_(momentum).add_(curved[index] * clip).add_(weights, alpha=weight_decay)
-                weights.sub_(velocity, alpha=self.lr).sub_(direction)
+                weights.sub_(velocity, alpha=self.lr).sub_(direction(parameter))
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
 

@@ -3,7 +3,8 @@
 Holds for optimizers whose update is affine in the rate; to add one: its equation and a line in DIRECTIONS.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,25 +13,25 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from utils import lr_ratios, on_host
 
-Update = Iterable[tuple[nn.Parameter, Tensor]]  # each parameter with its direction d_t
+Update = dict[nn.Parameter, Callable[[Tensor], Tensor]]  # for each parameter, d_t from its value w_t
 
 
-def _sgd_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    direction = gradient.add(parameter.detach(), alpha=group["weight_decay"])
+def _sgd_direction(weight: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    direction = gradient.add(weight, alpha=group["weight_decay"])
     if group["momentum"]:
         velocity = state.get("momentum_buffer")
         if velocity is not None:
             direction = direction.mul(1 - group["dampening"]).add_(velocity, alpha=group["momentum"])
         if group["nesterov"]:
-            decayed = gradient.add(parameter.detach(), alpha=group["weight_decay"])
+            decayed = gradient.add(weight, alpha=group["weight_decay"])
             direction = decayed.add_(direction, alpha=group["momentum"])
     return direction
 
 
-def _adam_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+def _adam_direction(weight: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     decoupled = group.get("decoupled_weight_decay", False)
     if not decoupled:
-        gradient = gradient.add(parameter.detach(), alpha=group["weight_decay"])
+        gradient = gradient.add(weight, alpha=group["weight_decay"])
     beta1, beta2 = group["betas"]
     step = on_host(state["step"]) + 1 if state else 1.0
     first = gradient * (1 - beta1)
@@ -42,11 +43,11 @@ def _adam_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, 
         second = torch.maximum(second, state["max_exp_avg_sq"])
     root = second.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     direction = first.div_(1 - beta1**step).div_(root)
-    return direction.add_(parameter.detach(), alpha=group["weight_decay"]) if decoupled else direction
+    return direction.add_(weight, alpha=group["weight_decay"]) if decoupled else direction
 
 
-def _adamw_direction(parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    return _adam_direction(parameter, gradient, {**group, "decoupled_weight_decay": True}, state)
+def _adamw_direction(weight: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    return _adam_direction(weight, gradient, {**group, "decoupled_weight_decay": True}, state)
 
 
 DIRECTIONS = {SGD: _sgd_direction, Adam: _adam_direction, AdamW: _adamw_direction}
@@ -65,20 +66,39 @@ def with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.grad is not None]
 
 
-@torch.no_grad()
-def update_directions(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def update_directions(optimizer: Optimizer) -> Update:
     """What the optimizer's next step would subtract per unit of learning rate, from the gradients that lie in .grad.
 
-    One parameter of with_gradient after another, each direction made when it is asked for. Changes neither the
-    optimizer nor the parameters. Groups keep the ratios of their initial rates.
-    Raises TypeError for an optimizer whose update is not known to be affine in the rate.
+    For each parameter of with_gradient a function from its value before the step, so that a direction takes memory
+    only while it is used. Changes neither the optimizer nor the parameters. Groups keep the ratios of their initial
+    rates. Raises TypeError for an optimizer whose update is not known to be affine in the rate.
     """
     check_affine(optimizer)
-    for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            gradient = -parameter.grad if group["maximize"] else parameter.grad
-            state = optimizer.state.get(parameter, {})
-            direction = DIRECTIONS[type(optimizer)](parameter, gradient, group, state)
-            yield parameter, direction if ratio == 1 else direction.mul_(ratio)
+    return {
+        parameter: partial(_direction, optimizer, group, ratio, parameter)
+        for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True)
+        for parameter in group["params"] if parameter.grad is not None
+    }
+
+
+@torch.no_grad()
+def _direction(
+    optimizer: Optimizer, group: dict[str, Any], ratio: float, parameter: nn.Parameter, weight: Tensor
+) -> Tensor:
+    """A new tensor of the parameter's shape: its direction where its value is `weight`."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if group["maximize"]:
+        gradient = -gradient
+    direction = DIRECTIONS[type(optimizer)](weight.detach(), gradient, group, optimizer.state.get(parameter, {}))
+    return direction if ratio == 1 else direction.mul_(ratio)
+
+
+@torch.no_grad()
+def descend(update: Update, lr: float | Tensor) -> None:
+    """w ← w − lr·d_t for every parameter of the update, in place."""
+    for parameter, direction in update.items():
+        if isinstance(lr, Tensor):
+            parameter.addcmul_(direction(parameter), -lr.to(parameter))
+        else:
+            parameter.sub_(direction(parameter), alpha=lr)

@@ -17,8 +17,9 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from directions import Update, check_affine, update_directions, with_gradient
+from directions import Update, check_affine, descend, update_directions
 from distributed import over_ranks
-from utils import MetaStream, descend, kept, lr_ratios, on_host, set_lr
+from utils import MetaStream, kept, lr_ratios, on_host, set_lr
 
 # Learned on CIFAR-10 images, after 1/200, 1/2 and all of a run, and at averaged weights (one net); provenance.json
 # beside them says how.
@@ -148,14 +149,14 @@ def load_schedules(paths: Sequence[str | Path]) -> list[MLRSNet]:
 # ---------------------------------------------------------------------------------------------- the hypergradient
 
 @contextmanager
-def lookahead(network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[nn.Module]:
-    """The network at ŵ = w − lr·d; on leaving, its parameters and buffers are as before, to the bit."""
-    with kept([*network.parameters(), *network.buffers()]):
+def lookahead(network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[dict[Tensor, Tensor]]:
+    """Inside, the network is at ŵ = w − lr·d; yields w by parameter. It gets w and its buffers back to the bit."""
+    with kept([*network.parameters(), *network.buffers()]) as weights:
         descend(update, lr)
-        yield network
+        yield weights
 
 
-MetaPoint = Callable[[nn.Module, Update, float | Tensor], AbstractContextManager[nn.Module]]
+MetaPoint = Callable[[nn.Module, Update, float | Tensor], AbstractContextManager[dict[Tensor, Tensor]]]
 
 
 def hypergradient(
@@ -172,14 +173,20 @@ def hypergradient(
     Under several ranks meta_loss is of this rank's share of the meta batch, and the scalar the mean over all.
     Raises TypeError for an optimizer that is not affine in lr.
     """
-    with meta_point(network, update_directions(optimizer), lr) as point, torch.enable_grad():
-        gradients = torch.autograd.grad(meta_loss(point), with_gradient(optimizer), allow_unused=True)
-    terms = [  # the directions once more, from weights that are back: to keep them would cost a copy of the network
-        (gradient * direction).sum()
-        for gradient, (_, direction) in zip(gradients, update_directions(optimizer), strict=True)
-        if gradient is not None
-    ]
-    return -over_ranks(torch.stack(terms).sum())
+    update = update_directions(optimizer)
+    terms: dict[nn.Parameter, Tensor] = {}
+
+    def reduce(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """Put the gradient's inner product with d_t in its place: all gradients at once are a copy of the network."""
+        terms[parameter] = update[parameter](weights[parameter]).mul_(gradient).sum()
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    with meta_point(network, update, lr) as weights, torch.enable_grad(), ExitStack() as hooks:
+        loss = meta_loss(network)
+        for parameter in update:
+            hooks.enter_context(parameter.register_hook(partial(reduce, parameter)))
+        torch.autograd.grad(loss, list(update), allow_unused=True)
+    return -over_ranks(torch.stack([terms[parameter] for parameter in update if parameter in terms]).sum())
 
 
 # ---------------------------------------------------------------------------------------------- the schedulers

@@ -59,16 +59,6 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
         group["lr"] = (lr if group.get("fused") else float(lr)) * ratio
 
 
-def descend(update: Iterable[tuple[torch.nn.Parameter, Tensor]], lr: float | Tensor) -> None:
-    """w ← w − lr·d for every parameter w and its direction d, in place."""
-    with torch.no_grad():
-        for parameter, direction in update:
-            if isinstance(lr, Tensor):
-                parameter.addcmul_(direction, -lr.to(parameter))
-            else:
-                parameter.sub_(direction, alpha=lr)
-
-
 def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """sgd, adam or adamw; momentum is SGD's. On CUDA it is fused, so that the rate can stay on the device."""
     parameters = list(parameters)
@@ -79,14 +69,14 @@ def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weig
 
 
 @contextlib.contextmanager
-def kept(tensors: list[Tensor]) -> Iterator[None]:
-    """What happens inside to the tensors is undone on leaving, to the bit."""
-    before = [tensor.detach().clone() for tensor in tensors]
+def kept(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+    """What happens inside to the tensors is undone on leaving, to the bit; yields the copies, each by its tensor."""
+    before = {tensor: tensor.detach().clone() for tensor in tensors}
     try:
-        yield
+        yield before
     finally:
         with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
+            for tensor, value in before.items():
                 tensor.copy_(value)
 
 

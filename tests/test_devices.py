@@ -13,7 +13,7 @@ from baselines import build_baseline
 from data import build_task
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
 from models import build_network
-from utils import build_optimizer, descend
+from utils import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -82,10 +82,10 @@ def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, mon
 
 
 def test_a_rate_that_is_a_tensor_moves_the_weights_as_a_number_does():
-    weights, directions_ = torch.randn(2, 5, dtype=torch.float64)
+    weights, direction = torch.randn(2, 5, dtype=torch.float64)
     one, other = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.clone())
-    descend([(one, directions_)], 0.3)
-    descend([(other, directions_)], torch.tensor(0.3, dtype=torch.float64))
+    directions.descend({one: lambda weight: direction}, 0.3)
+    directions.descend({other: lambda weight: direction}, torch.tensor(0.3, dtype=torch.float64))
     torch.testing.assert_close(one, other)
 
 

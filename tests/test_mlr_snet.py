@@ -184,6 +184,15 @@ def test_the_lookahead_leaves_everything_as_it_was_to_the_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
 
 
+def test_the_meta_gradients_are_not_held_all_at_once(monkeypatch):
+    network, optimizer = trained(OPTIMIZERS["sgd"])
+    held, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: held.extend(grad(*args, **options)))
+    hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    assert len(held) == len(list(network.parameters()))
+    assert all(gradient.untyped_storage().nbytes() == gradient.element_size() for gradient in held)
+
+
 def test_an_optimizer_that_is_not_affine_in_the_rate_is_refused():
     network = small_network()
     with pytest.raises(TypeError, match="LBFGS"):

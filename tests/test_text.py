@@ -149,9 +149,9 @@ def test_tied_weights_stay_tied_through_the_lookahead():
     task.loss(network, task.train.piece(0), None)[0].backward()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     before = network.embedding.weight.clone()
-    with lookahead(network, update_directions(optimizer), 0.5) as point:
-        assert point.decoder.weight is point.embedding.weight
-        assert torch.allclose(point.embedding.weight, before - 0.5 * network.embedding.weight.grad)
+    with lookahead(network, update_directions(optimizer), 0.5):
+        assert network.decoder.weight is network.embedding.weight
+        assert torch.allclose(network.embedding.weight, before - 0.5 * network.embedding.weight.grad)
     assert network.decoder.weight is network.embedding.weight and torch.equal(network.embedding.weight, before)
 
 
