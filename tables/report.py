@@ -195,7 +195,7 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
                 length = min(len(run) for run in record["runs"])
                 values = [[run[epoch][column] for run in record["runs"]] for epoch in range(length)]
                 middle, epochs = [statistics.mean(value) for value in values], range(1, length + 1)
-                width = 2.4 if record["method"].startswith(("ours", "average")) else 1.3
+                width = 2.4 if record["method"].startswith(("ours", "average", "lookahead")) else 1.3
                 panel.plot(epochs, middle, label=record["method"], linewidth=width, **style)
                 if column.startswith(metric) and len(record["runs"]) > 1:
                     deviation = [statistics.stdev(value) for value in values]
