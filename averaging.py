@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from directions import Update
 from distributed import average_buffers
-from mlr_snet import lookahead
-from utils import kept
+from mlr_snet import Update, lookahead, preserved
 
 
 def auto_decay(steps_per_epoch: int) -> float:
@@ -23,7 +21,7 @@ def auto_decay(steps_per_epoch: int) -> float:
 @contextlib.contextmanager
 def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
     """BatchNorm statistics measured anew on up to 50 training batches; on leaving, the network's own are back."""
-    with kept(network.buffers()):
+    with preserved(network.buffers()):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             batches = itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch))
             # Eager, for a mean over batches would be compiled anew at each of them.
@@ -69,7 +67,7 @@ class Average:
     @contextlib.contextmanager
     def swapped_in(self, task: Any) -> Iterator[nn.Module]:
         """The network at w̄_t, ready to be evaluated; on leaving, it is as before, to the bit."""
-        with kept(self.network.parameters()):
+        with preserved(self.network.parameters()):
             self._mix_in(1.0)
             with fresh_statistics(self.network, task):
                 yield self.network

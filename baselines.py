@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from averaging import fresh_statistics
-from directions import check_affine, update_directions, with_gradient
-from distributed import over_ranks
-from utils import MetaStream, build_optimizer, kept, lr_ratios, set_lr
+from mlr_snet import (
+    all_reduce_mean,
+    check_affine,
+    lr_ratios,
+    parameters_with_grad,
+    preserved,
+    set_lr,
+    update_directions,
+)
+from utils import build_optimizer
 
 
 class Fixed:
@@ -198,9 +205,9 @@ class RTHO(Adaptive):
         Z₁ ← (H + λ)·Z₀ + ρ·Z₁,  Z₀ ← Z₀ − lr·Z₁ − d_t   (∂w/∂lr and ∂v/∂lr; H the Hessian, λ the weight decay)
         lr ← max(0, lr − β⟨∇L_val(w⁺), Z₀⟩)
 
-    meta gives the validation batches. Under gradient clipping the clip's factor counts as a constant. ValueError for
-    another optimizer. Source: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization",
-    2017.
+    meta_loss returns the 0-d loss of the network on the next validation batch. Under gradient clipping the clip's
+    factor counts as a constant. ValueError for another optimizer.
+    Source: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", 2017.
     """
 
     second_order = True
@@ -208,7 +215,7 @@ class RTHO(Adaptive):
 
     def __init__(
         self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int, beta: float, network: nn.Module,
-        meta: MetaStream,
+        meta_loss: Callable[[], Tensor],
     ):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
         groups = optimizer.param_groups
@@ -216,23 +223,23 @@ class RTHO(Adaptive):
             raise ValueError("rtho works with SGD, with or without plain momentum; use --optimizer sgd")
         if any(ratio != 1 for ratio in lr_ratios(optimizer)):
             raise ValueError("rtho works with one rate for all parameters")
-        self.beta, self.network, self.meta = beta, network, meta
+        self.beta, self.network, self.meta_loss = beta, network, meta_loss
         self.along_weights, self.along_velocity = list[Tensor](), list[Tensor]()  # Z₀, Z₁
 
     def step(self, loss: float | Tensor) -> None:
         assert isinstance(loss, Tensor)
-        parameters = with_gradient(self.optimizer)
+        parameters = parameters_with_grad(self.optimizer)
         if not self.along_weights:
             self.along_weights = [torch.zeros_like(parameter) for parameter in parameters]
             self.along_velocity = [torch.zeros_like(parameter) for parameter in parameters]
         graph = torch.autograd.grad(loss, parameters, create_graph=True)
         products = torch.autograd.grad(graph, parameters, self.along_weights, materialize_grads=True)
-        gradients, curved = ([over_ranks(part) for part in many] for many in (graph, products))  # ∇L and H·Z₀
+        gradients, curved = ([all_reduce_mean(part) for part in many] for many in (graph, products))  # ∇L and H·Z₀
         if self.num_steps:
-            with kept(self.network.buffers()):
-                value = self.meta.next_loss(self.network)
+            with preserved(self.network.buffers()):
+                value = self.meta_loss()
                 slopes = torch.autograd.grad(value, parameters, materialize_grads=True)
-            slope = over_ranks(_dot(list(slopes), self.along_weights))
+            slope = all_reduce_mean(_dot(list(slopes), self.along_weights))
             self.lr = _positive(self.lr - self.beta * float(slope))
         with torch.no_grad():
             whole, taken = (nn.utils.get_total_norm(many) for many in (gradients, _gradients(parameters)))
@@ -244,14 +251,6 @@ class RTHO(Adaptive):
                 weights.sub_(velocity, alpha=self.lr).sub_(direction(parameter))
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"meta": self.meta.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        self.meta.load_state_dict(state.pop("meta"))
-        super().load_state_dict(state)
 
 
 class L4(Adaptive):
@@ -275,7 +274,7 @@ class L4(Adaptive):
 
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
-        value, parameters = float(loss), with_gradient(self.optimizer)
+        value, parameters = float(all_reduce_mean(torch.as_tensor(loss).detach())), parameters_with_grad(self.optimizer)
         gradients = _gradients(parameters)
         if not self.first:
             self.lowest = 0.75 * value
@@ -396,8 +395,10 @@ def default_lr(schedule: str, optimizer: str) -> float:
 def build_baseline(
     schedule: str, optimizer: str, network: nn.Module, task: Any, num_epochs: int, lr: float | None = None,
     momentum: float = 0.0, weight_decay: float = 0.0, beta: float | None = None,
+    meta_loss: Callable[[], Tensor] | None = None,
 ) -> tuple[Optimizer, Fixed]:
-    """The optimizer ("sgd", "adam" or "adamw") and its schedule. beta is the step of hd and rtho on the rate.
+    """The optimizer ("sgd", "adam" or "adamw") and its schedule. beta is the step of hd and rtho on the rate,
+    meta_loss returns the 0-d loss of the network on the next validation batch, for rtho.
 
     ValueError for what does not go together and for a package that is not installed.
     """
@@ -410,7 +411,9 @@ def build_baseline(
     if schedule in ("hd", "rtho"):
         options["beta"] = beta or (1e-3 if optimizer == "sgd" else 1e-7)
     if schedule == "rtho":
-        options |= {"network": network, "meta": MetaStream(task)}
+        if meta_loss is None:
+            raise ValueError("rtho needs meta_loss, the loss on the next validation batch")
+        options |= {"network": network, "meta_loss": meta_loss}
         if any(isinstance(module, nn.LSTM) for module in network.modules()):
             torch.backends.cudnn.enabled = False  # its LSTM cannot be differentiated twice
     return built, SCHEDULES[schedule](built, num_epochs, task.steps_per_epoch, **options)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from averaging import Average, auto_decay
 from data import STREAMED, TEXTS, build_task
 from data.images import ImageTask
+from data.meta_stream import MetaStream
 from data.text import TextTask
 from distributed import data_parallel, rank
 from mlr_snet import Schedule, train
@@ -146,8 +147,6 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
             raise ValueError(f"--init {args.init}: no weights of this network ({type(error).__name__})") from error
     if args.compile:
         network.compile()
-    if rank():
-        torch.manual_seed(args.seed + rank())  # dropout masks of its own
     return task, network
 
 
@@ -165,6 +164,7 @@ def carry_out(
     optimizer: Optimizer,
     schedule: Schedule,
     average: Average | None,
+    meta_stream: MetaStream,
     at_epoch: Callable[[int], None] = lambda epoch: None,
     evaluating: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
@@ -172,11 +172,13 @@ def carry_out(
 
     at_epoch is called with the number of every epoch that has ended; evaluating gives a context for each evaluation.
     """
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream}
     with user_errors():
         run = Run(args, parts | ({"average": average} if average else {}), task.steps_per_epoch)
 
-    steps = train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.carry)
+    if rank() and not run.step:
+        torch.manual_seed(args.seed + rank())  # dropout masks of its own; networks and nets are drawn by now
+    steps = train(data_parallel(network), task, optimizer, schedule, args.num_epoch, run.step, run.hidden)
     if average:
         steps = average.following(steps)
 

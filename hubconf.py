@@ -20,9 +20,9 @@ def mlr_snet_lr(
     num_classes: int,
     num_epochs: int,
     steps_per_epoch: int,
-    nets: Sequence[str | Path] | None = None,
+    nets: str | Sequence[str | Path] = "shipped",
     **options: object,
 ) -> _mlr_snet.MLRSNetLR:
-    """The scheduler around an optimizer, with the nets that load_schedules takes (default: the three shipped)."""
-    schedules = _mlr_snet.load_schedules(nets or _mlr_snet.SHIPPED)
+    """The scheduler around an optimizer, with the nets that load_schedules takes (default: the shipped three)."""
+    schedules = _mlr_snet.load_schedules(nets)
     return _mlr_snet.MLRSNetLR(optimizer, schedules, num_classes, num_epochs, steps_per_epoch, **options)  # type: ignore

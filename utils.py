@@ -13,51 +13,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from distributed import join, lost_a_rank, num_ranks, of_all_ranks, rank, share_of_carry, whole_carry
+from distributed import all_gather, gather_hidden, init_distributed, is_lost_rank, rank, shard_hidden, world_size
+from mlr_snet import SHIPPED
 
 ROOT = Path(__file__).resolve().parent
 FETCH_EVERY = 50  # steps between the moments in which an accelerator's figures come to the host
 NO_TOTALS = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}  # of an epoch that begins
 COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart
-
-# ---------------------------------------------------------------------------------------------- learning rates
-
-
-def on_host(value: Tensor) -> float | Tensor:
-    """A 0-d tensor as a number, unless that would make the host wait for an accelerator."""
-    value = value.detach()
-    return float(value) if value.device.type == "cpu" else value
-
-
-def lr_ratios(optimizer: Optimizer) -> list[float]:
-    """Each parameter group's initial rate over the largest one. ValueError when all are zero."""
-    for group in optimizer.param_groups:
-        if "initial_lr" not in group:
-            group["initial_lr"] = float(group["lr"])
-    rates = [group["initial_lr"] for group in optimizer.param_groups]
-    if max(rates) <= 0:
-        raise ValueError("the optimizer's rates are all zero: give at least one group a positive lr")
-    return [rate / max(rates) for rate in rates]
-
-
-def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
-    """Give the group with the largest initial rate `lr`, and the others their share of it.
-
-    A rate on an accelerator stays there where the optimizer is fused; other kinds take numbers alone.
-    """
-    for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
-        group["lr"] = (lr if group.get("fused") else float(lr)) * ratio
-
 
 def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """sgd, adam or adamw; momentum is SGD's. On CUDA it is fused, so that the rate can stay on the device."""
@@ -66,41 +37,6 @@ def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weig
     if name == "sgd":
         return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, **fused)
     return {"adam": Adam, "adamw": AdamW}[name](parameters, lr=lr, weight_decay=weight_decay, **fused)
-
-
-@contextlib.contextmanager
-def kept(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
-    """What happens inside to the tensors is undone on leaving, to the bit; yields the copies, each by its tensor."""
-    before = {tensor: tensor.detach().clone() for tensor in tensors}
-    try:
-        yield before
-    finally:
-        with torch.no_grad():
-            for tensor, value in before.items():
-                tensor.copy_(value)
-
-
-class MetaStream:
-    """The losses of a task's meta batches one after another, with what is carried from one to the next."""
-
-    def __init__(self, task: Any):
-        self.task, self.index = task, 0
-        self.carry: Any = None
-        self.batches: Iterator[Any] | None = None
-
-    def next_loss(self, network: torch.nn.Module) -> Tensor:
-        """The loss of the next batch; under several ranks, of this one's share."""
-        if self.batches is None:
-            self.batches = self.task.meta_batches(self.index)
-        loss, _, self.carry = self.task.loss(network, next(self.batches), self.carry)
-        self.index += 1
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"index": self.index, "carry": whole_carry(self.carry)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.index, self.carry, self.batches = state["index"], share_of_carry(state["carry"]), None
 
 
 # ---------------------------------------------------------------------------------------------- device and precision
@@ -122,7 +58,7 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS sums in any order
         torch.use_deterministic_algorithms(True)
-    return join(torch.device(name))
+    return init_distributed(torch.device(name))
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
@@ -195,6 +131,21 @@ def save(path: Path, content: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def net_files(nets: list[str | Path]) -> str | list[Path]:
+    """What load_schedules takes: a shipped name, files, or of one meta-train run its snapshots at 1/200, 1/2 and 1."""
+    if len(nets) == 1 and str(nets[0]) in SHIPPED:
+        return str(nets[0])
+    paths = [Path(net) for net in nets]
+    if len(paths) > 1 or not paths[0].is_dir():
+        return paths
+    try:
+        num_epochs = json.loads((paths[0] / "args.json").read_text())["arguments"]["num_epoch"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{paths[0]}: no meta-train run (no readable args.json)") from None
+    epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
+    return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]
+
+
 def read_text(path: str | Path) -> str:
     """The file's text, or nothing where there is none."""
     try:
@@ -229,7 +180,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-                     "ranks": num_ranks()},
+                     "ranks": world_size()},
     }
 
 
@@ -266,13 +217,13 @@ class Run:
     """Follows the steps of a loop: bars, logs and metrics, a checkpoint an epoch, a clean stop on a signal.
 
     parts are the things with a state_dict. With args.resume they are brought back from the folder's checkpoint, and
-    `step` and `carry` say where the loop has to continue. Raises ValueError for a checkpoint of something else.
+    `step` and `hidden` say where the loop has to continue. Raises ValueError for a checkpoint of something else.
     """
 
     def __init__(self, args: argparse.Namespace, parts: dict[str, Any], steps_per_epoch: int):
         self.args, self.parts, self.steps_per_epoch = args, parts, steps_per_epoch
         self.step = 0
-        self.carry: Any = None
+        self.hidden: Any = None
         self.rows: list[dict[str, float]] = []
         self.totals = dict(NO_TOTALS)
         self.stop_signal = 0
@@ -310,7 +261,7 @@ class Run:
         taken: list[Any] = []  # steps whose figures are still on the device
         try:
             for step in steps:
-                self.step, self.carry = step.number, step.carry
+                self.step, self.hidden = step.number, step.hidden
                 taken.append(step)
                 if len(taken) < self.fetch_every and step.number % self.steps_per_epoch:
                     continue
@@ -322,7 +273,7 @@ class Run:
                     at_epoch(int(row["epoch"]))
                     self._write_metrics()
                     self.save()
-                if stop_signal := max(of_all_ranks(self.stop_signal)):
+                if stop_signal := max(all_gather(self.stop_signal)):
                     self._lap()
                     self.save()
                     self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
@@ -331,7 +282,7 @@ class Run:
             self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
             return 1
         except RuntimeError as error:
-            if not lost_a_rank(error):
+            if not is_lost_rank(error):
                 raise
             print(f"another rank has ended; {self._last_checkpoint()}; continue with --resume", file=sys.stderr)
             return 1
@@ -346,9 +297,9 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint: all that continuing needs, to the bit."""
         state = {name: getattr(self, name) for name in ("step", "rows", "totals", "cost")}
-        state["carry"] = whole_carry(self.carry)
+        state["hidden"] = gather_hidden(self.hidden)
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = of_all_ranks(
+        state["rng"] = all_gather(
             (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
         )
         save(self.checkpoint, state)
@@ -362,7 +313,7 @@ class Run:
             raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
         for name in ("step", "rows", "totals", "cost"):
             setattr(self, name, state[name])
-        self.carry = share_of_carry(state["carry"])
+        self.hidden = shard_hidden(state["hidden"])
         if rank() < len(state["rng"]):
             rng, cuda_rng = state["rng"][rank()]
             torch.set_rng_state(rng)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.functional import resize
 
-from distributed import num_ranks, share, share_buffers, total_over_ranks
+from distributed import all_reduce_sum, broadcast_buffers, shard, world_size
 
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -77,7 +77,7 @@ class Resident:
 
     def batches(self, plan: Plan) -> Iterator[Tensor]:
         for indices, key in plan:
-            mine, _ = share(len(indices))
+            mine, _ = shard(len(indices))
             images = self.images[indices[mine]]
             if self.augment and key is not None:
                 images = random_crop_and_flip(images, generator_for(*key, device=self.device), len(indices), mine)
@@ -222,8 +222,8 @@ class ImageTask:
         self.train, self.test = data.splits(device, workers)
         labels, test_labels = self.train.labels.cpu(), self.test.labels.cpu()
         total = len(labels)
-        if batch_size < num_ranks():
-            raise ValueError(f"batch size {batch_size}: must be at least {num_ranks()}, one for every rank")
+        if batch_size < world_size():
+            raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
         if not 0 <= num_meta < total:
             raise ValueError(f"--num-meta {num_meta}: the training data hold {total} images; leave some to train on")
         if limit_train is not None and not 1 <= limit_train <= total - num_meta:
@@ -259,13 +259,13 @@ class ImageTask:
         )
         return self._batches(self.train, plan)
 
-    def loss(self, network: nn.Module, batch: Batch, carry: Any) -> tuple[Tensor, Tensor, Any]:
-        """Mean cross-entropy (0-d), the batch's accuracy in %, and the carry, of which images make no use."""
+    def loss(self, network: nn.Module, batch: Batch, hidden: Any) -> tuple[Tensor, Tensor, Any]:
+        """Mean cross-entropy (0-d), the batch's accuracy in %, and the hidden, of which images make no use."""
         with self.autocast():
             logits = network(batch.inputs)
-        number = batch.size / num_ranks()  # so that the mean over the ranks is the whole batch's
+        number = batch.size / world_size()  # so that the mean over the ranks is the whole batch's
         accuracy = 100 * ((logits.detach().argmax(1) == batch.targets).sum() / number)
-        return functional.cross_entropy(logits.float(), batch.targets, reduction="sum") / number, accuracy, carry
+        return functional.cross_entropy(logits.float(), batch.targets, reduction="sum") / number, accuracy, hidden
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Mean loss and accuracy (%) over the test images; the network's mode is restored."""
@@ -286,7 +286,7 @@ class ImageTask:
     def _measure(self, network: nn.Module, split: Split, indices: Tensor) -> tuple[float, float]:
         training = network.training
         network.eval()
-        share_buffers(network)
+        broadcast_buffers(network)
         loss = correct = 0.0
         for batch in self._batches(split, ((part, None) for part in indices.to(self.device).split(500))):
             with self.autocast():
@@ -294,7 +294,7 @@ class ImageTask:
             loss += functional.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
             correct += (logits.argmax(1) == batch.targets).sum().item()
         network.train(training)
-        loss, correct = total_over_ranks(loss, correct)
+        loss, correct = all_reduce_sum(loss, correct)
         return loss / len(indices), 100 * correct / len(indices)
 
     def _plan(self, indices: Tensor, size: int, per_lap: int, start: int, order: int, key: Key) -> Plan:
@@ -312,9 +312,9 @@ class ImageTask:
     def _batches(self, split: Split, plan: Plan) -> Iterator[Batch]:
         plan, again = itertools.tee(plan)  # a split may read ahead of what it gives
         for (indices, _), inputs in zip(again, split.batches(plan), strict=False):
-            mine, is_spare = share(len(indices))
+            mine, is_duplicate = shard(len(indices))
             targets = split.labels[indices[mine]]
-            yield Batch(inputs, targets.fill_(-100) if is_spare else targets, len(indices))
+            yield Batch(inputs, targets.fill_(-100) if is_duplicate else targets, len(indices))
 
 
 def random_crop_and_flip(

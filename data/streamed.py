@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.utils import download_and_extract_archive
 
-from distributed import share
+from distributed import shard
 
 from .images import Plan, generator_for
 
@@ -67,7 +67,7 @@ class Streamed(Dataset):
     @staticmethod
     def _wanted(plan: Plan) -> Iterator[Any]:
         for indices, key in plan:
-            mine, _ = share(len(indices))
+            mine, _ = shard(len(indices))
             places = range(len(indices))[mine]
             yield [
                 (index, None if key is None else (*key, place))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
 
-from distributed import num_ranks, share, total_over_ranks
+from distributed import all_reduce_sum, shard, world_size
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -139,9 +139,9 @@ class Columns:
         self.number, self.length = number, length
         self.missing = int(ended.sum())  # all of the missing lie in the last row
         place.clamp_(max=total - 1)
-        mine, is_spare = share(number)
+        mine, is_duplicate = shard(number)
         self.inputs = ids[place[:, mine]].to(device)
-        self.targets = ids[place[:, mine] + 1].masked_fill(ended[:, mine] | is_spare, -100).to(device)
+        self.targets = ids[place[:, mine] + 1].masked_fill(ended[:, mine] | is_duplicate, -100).to(device)
         self.num_pieces = -(-rows // length)
 
     def piece(self, index: int) -> Batch:
@@ -176,8 +176,8 @@ class TextTask:
         evaluation_columns: int = 10,
     ):
         splits = {"train": data.train, "valid": data.valid, "test": data.test}
-        if batch_size < num_ranks():
-            raise ValueError(f"batch size {batch_size}: must be at least {num_ranks()}, one for every rank")
+        if batch_size < world_size():
+            raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
         for flag, split, limit in (("train", "train", limit_train), ("test", "test", limit_test)):
             if limit is not None and not 1 <= limit < len(splits[split]):
                 raise ValueError(f"--limit-{flag} {limit}: from 1 to {len(splits[split]) - 1} tokens are there")
@@ -204,19 +204,19 @@ class TextTask:
         """The endless stream of batches of the validation text, over and over, from number `start` on."""
         return map(self.meta.piece, itertools.count(start))
 
-    def loss(self, network: nn.Module, batch: Batch, carry: Any) -> tuple[Tensor, Tensor, Any]:
-        """Mean negative log-likelihood (0-d), the share of tokens guessed in %, and the detached state to carry on."""
+    def loss(self, network: nn.Module, batch: Batch, hidden: Any) -> tuple[Tensor, Tensor, Any]:
+        """Mean negative log-likelihood (0-d), the share of tokens guessed in %, and the detached state to hidden on."""
         if batch.first:
-            carry = None
-        elif carry is not None:
-            carry = tuple(state.to(batch.inputs.device) for state in carry)  # a checkpoint's lie on the CPU
+            hidden = None
+        elif hidden is not None:
+            hidden = tuple(state.to(batch.inputs.device) for state in hidden)  # a checkpoint's lie on the CPU
         with self.autocast():
-            logits, carry = network(batch.inputs, carry)
+            logits, hidden = network(batch.inputs, hidden)
         logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
-        number = batch.size / num_ranks()  # so that the mean over the ranks is the whole batch's
+        number = batch.size / world_size()  # so that the mean over the ranks is the whole batch's
         accuracy = 100 * (logits.detach().argmax(1) == targets).sum() / number
         loss = functional.cross_entropy(logits, targets, reduction="sum") / number
-        return loss, accuracy, tuple(state.detach() for state in carry)
+        return loss, accuracy, tuple(state.detach() for state in hidden)
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Perplexity on the validation and the test text, each over all of its tokens; the mode is restored."""
@@ -236,14 +236,14 @@ class TextTask:
     def _mean_loss(self, network: nn.Module, columns: Columns) -> float:
         training = network.training
         network.eval()
-        total, number, carry = 0.0, 0, None
+        total, number, hidden = 0.0, 0, None
         for index in range(columns.num_pieces):
             batch = columns.piece(index)
-            loss, _, carry = self.loss(network, batch, carry)
-            total += loss.item() * batch.size / num_ranks()
+            loss, _, hidden = self.loss(network, batch, hidden)
+            total += loss.item() * batch.size / world_size()
             number += batch.size
         network.train(training)
-        return total_over_ranks(total)[0] / number
+        return all_reduce_sum(total)[0] / number
 
 
 def perplexity(loss: float) -> float:

@@ -9,10 +9,11 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline, evaluating  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
+from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import build_optimizer, number, user_errors  # noqa: E402
+from utils import build_optimizer, net_files, number, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="shufflenetv2", help="(default: shufflenetv2)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
     add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", help="(default: mlr-snet)")
-    add("--nets", type=lambda text: text if text == "average" else Path(text), nargs="+", default=SHIPPED,
+    add("--nets", type=lambda text: text if text in SHIPPED else Path(text), nargs="+", default=["shipped"],
         metavar="FILE", help="learned schedules that share the run in turn, one folder of a meta-train run, or "
         "average: the shipped net that was learned at averaged weights (default: the three beside this script)")
     add("--lr", type=number(float, 0, above=True),
@@ -42,22 +43,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
-        nets = load_schedules(args.nets) if args.schedule == "mlr-snet" else []
+        nets = load_schedules(net_files(args.nets)) if args.schedule == "mlr-snet" else []
         task, network = build(args)
+        meta_stream = MetaStream(task, network)
         schedule: Schedule
         if args.schedule == "mlr-snet":
             nets = [net.to(next(network.parameters()).device) for net in nets]
             optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-            schedule = MLRSNetLR(
-                optimizer, nets, task.num_classes, args.num_epoch, task.steps_per_epoch, args.gamma, task.perplexity
-            )
+            schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=args.gamma)
         else:
             optimizer, schedule = build_baseline(
-                args.schedule, args.optimizer, network, task, args.num_epoch, args.lr, args.momentum, args.wd, args.beta
+                args.schedule, args.optimizer, network, task, args.num_epoch, args.lr, args.momentum, args.wd,
+                args.beta, meta_stream,
             )
         average = build_average(args, network, task.steps_per_epoch)
     return carry_out(
-        args, task, network, optimizer, schedule, average, evaluating=lambda: evaluating(optimizer, network, task)
+        args, task, network, optimizer, schedule, average, meta_stream,
+        evaluating=lambda: evaluating(optimizer, network, task)
     )
 
 

@@ -8,6 +8,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data import DATASETS  # noqa: E402
+from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
 from models import NETWORKS  # noqa: E402
@@ -40,14 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
         average = build_average(args, network, task.steps_per_epoch)
         point = average if average and args.meta_point == "average" else lookahead
+        meta_stream = MetaStream(task, network)
         schedule = MetaMLRSNetLR(
-            optimizer, net, network, task, args.num_epoch, t_val, args.lr, gamma=args.gamma, meta_point=point
+            optimizer, net, network, meta_stream, **schedule_arguments(task, args.num_epoch), t_val=t_val, lr=args.lr,
+            gamma=args.gamma, meta_point=point,
         )
 
     def save_net(epoch: int) -> None:
         save(args.out / f"mlr_snet_{epoch}.pth", {name: value.cpu() for name, value in net.state_dict().items()})
 
-    return carry_out(args, task, network, optimizer, schedule, average, at_epoch=save_net)
+    return carry_out(args, task, network, optimizer, schedule, average, meta_stream, at_epoch=save_net)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from averaging import Average, auto_decay  # noqa: E402
 from baselines import build_baseline  # noqa: E402
 from data import IMAGES, build_task  # noqa: E402
 from data.images import ImageData, ImageTask  # noqa: E402
+from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, lr_scale, train  # noqa: E402
 from models import IMAGE_NETWORKS, build_network  # noqa: E402
 from utils import (  # noqa: E402
@@ -171,7 +172,10 @@ def learned_step(setting: Setting, t_val: int | None, at_average: bool = False) 
     average = Average(network, auto_decay(task.steps_per_epoch)) if at_average else None
     if t_val is not None:
         point = average or lookahead
-        schedule = MetaMLRSNetLR(optimizer, net, network, task, ENDLESS, t_val, meta_point=point)
+        schedule = MetaMLRSNetLR(
+            optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, ENDLESS), t_val=t_val,
+            meta_point=point,
+        )
     steps = train(network, task, optimizer, schedule, ENDLESS)
     return partial(next, average.following(steps) if average else steps)
 
@@ -212,13 +216,15 @@ def textbook_step(setting: Setting, to_all: bool) -> Step:
     optimizer = build_optimizer("sgd", network.parameters(), LR, 0.0, WEIGHT_DECAY)
     net = MLRSNet().to(setting.device)
     scale = lr_scale(math.log(task.num_classes), task.num_classes)  # at the loss of a network that knows nothing
-    schedule = MetaMLRSNetLR(optimizer, net, network, task, ENDLESS, ENDLESS, gamma=scale)  # never learns by itself
+    schedule = MetaMLRSNetLR(
+        optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, ENDLESS), gamma=scale,
+        t_val=ENDLESS,  # never learns by itself
+    )
 
     def steps() -> Iterator[None]:
-        for batch in task.train_batches(0):
-            train_loss = partial(loss_of, task, batch)
+        for batch, meta_batch in zip(task.train_batches(0), task.meta_batches(0), strict=False):
+            train_loss, meta_loss = partial(loss_of, task, batch), partial(loss_of, task, meta_batch)
             schedule.adam.zero_grad()
-            meta_loss = schedule.meta.next_loss
             textbook_gradient(network, net, schedule.state, scale, train_loss, meta_loss, WEIGHT_DECAY, to_all)
             schedule.adam.step()
             optimizer.zero_grad()
@@ -369,7 +375,9 @@ def overhead(setting: Setting) -> Measured:
     network, task, net = new_network(setting), setting.task, MLRSNet().to(setting.device)
     batches = itertools.cycle(list(itertools.islice(task.train_batches(0), min(MOST_BATCHES, task.steps_per_epoch))))
     optimizer = build_optimizer("sgd", network.parameters(), LR, 0.0, WEIGHT_DECAY)
-    schedule = MetaMLRSNetLR(optimizer, net, network, task, ENDLESS, ENDLESS)  # for its Adam and LSTM state
+    schedule = MetaMLRSNetLR(
+        optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, ENDLESS), t_val=ENDLESS
+    )  # for its Adam and LSTM state
     loss = torch.tensor(math.log(task.num_classes), device=setting.device)
 
     def forward_and_backward() -> None:

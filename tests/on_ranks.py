@@ -14,8 +14,9 @@ from torch import nn  # noqa: E402
 from averaging import Average  # noqa: E402
 from baselines import build_baseline  # noqa: E402
 from data import build_task  # noqa: E402
+from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from data.text import TextData, TextTask  # noqa: E402
-from distributed import data_parallel, join, num_ranks, rank, whole_carry  # noqa: E402
+from distributed import data_parallel, gather_hidden, init_distributed, rank, world_size  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, train  # noqa: E402
 from models import build_network  # noqa: E402
 from utils import build_optimizer  # noqa: E402
@@ -61,30 +62,35 @@ def end_of(make, schedule_name):
         if schedule_name == "average":
             average = Average(network, 0.9)
             options = {"meta_point": average}
-        schedule = MetaMLRSNetLR(optimizer, net, network, task, 3, t_val=1, lr=0.01, **options)
+        schedule = MetaMLRSNetLR(
+            optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 3), t_val=1, lr=0.01,
+            **options,
+        )
     else:
-        optimizer, schedule = build_baseline(schedule_name, "sgd", network, task, 3, 0.1)
+        optimizer, schedule = build_baseline(
+            schedule_name, "sgd", network, task, 3, 0.1, meta_loss=MetaStream(task, network)
+        )
     steps = []
     for step in train(data_parallel(network), task, optimizer, schedule, 3):
         if average:
             average.update()
         steps.append(step)
-    carry = whole_carry(steps[-1].carry)
+    hidden = gather_hidden(steps[-1].hidden)
     return {
         "numbers": torch.tensor([[step.lr, step.loss, step.accuracy] for step in steps], dtype=torch.float64),
         "weights": torch.cat([parameter.detach().flatten() for parameter in network.parameters()]),
         "theta": torch.cat([parameter.detach().flatten() for parameter in net.parameters()]),
         "metrics": torch.tensor(list(task.evaluate(network).values()), dtype=torch.float64),
-        "carry": torch.cat([state.flatten() for state in carry]) if carry else torch.zeros(1),
+        "hidden": torch.cat([state.flatten() for state in hidden]) if hidden else torch.zeros(1),
     }
 
 
 RUNS = {images: ("lookahead", "average", "hd", "l4mom", "rtho"), text: ("lookahead", "average", "rtho", "val")}
 
 if __name__ == "__main__":
-    join(CPU)
+    init_distributed(CPU)
     ends = {}
     for make, schedule_names in RUNS.items():
         for schedule_name in schedule_names:
             ends[f"{schedule_name} {make.__name__}"] = end_of(make, schedule_name)
-    torch.save(ends, Path(sys.argv[1]) / f"{rank()}_of_{num_ranks()}.pth")
+    torch.save(ends, Path(sys.argv[1]) / f"{rank()}_of_{world_size()}.pth")

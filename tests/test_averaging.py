@@ -29,7 +29,7 @@ def shifted_average(network, decay=0.9):
 def test_hypergradient_at_the_average_equals_autograd_through_the_averaging_step(name):
     network, optimizer = trained(OPTIMIZERS[name])
     average = shifted_average(network)
-    slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99), average)
+    slope = hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), average)
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     group, ahead = optimizer.param_groups[0], {}
     means = dict(average.model.module.named_parameters())
@@ -45,7 +45,7 @@ def test_hypergradient_at_the_average_equals_autograd_through_the_averaging_step
 def test_the_meta_point_leaves_the_network_as_it_was_to_the_bit():
     network, optimizer = trained(OPTIMIZERS["momentum"])
     before = [tensor.clone() for tensor in network.state_dict().values()]
-    hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99), shifted_average(network))
+    hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), shifted_average(network))
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
 
 

@@ -10,6 +10,7 @@ from benchmark import MEASUREMENTS, SCRIPT, STEPS, alternate, main, textbook_gra
 from test_mlr_snet import OPTIMIZERS, ToyTask, loss_on, small_network, trained
 from test_scripts import ONE_THREAD
 
+from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet
 
 SMALL = ["--network", "resnet8", "--dataset", "digits", "--batch-size", "16", "--rounds", "2", "--epoch-steps", "3",
@@ -23,7 +24,10 @@ def test_the_textbook_lookahead_moves_theta_as_the_project_does(to_all):
     torch.manual_seed(1)
     network, optimizer = trained(OPTIMIZERS["sgd"])
     net = MLRSNet().double()
-    schedule = MetaMLRSNetLR(optimizer, net, network, ToyTask(), 1, t_val=1, weight_decay=0.0, gamma=0.5)
+    schedule = MetaMLRSNetLR(
+        optimizer, net, network, MetaStream(ToyTask(), network), **schedule_arguments(ToyTask(), 1), t_val=1,
+        weight_decay=0.0, gamma=0.5,
+    )
     schedule.state = torch.rand_like(schedule.state)  # so that every tensor of θ has a gradient
 
     def train_loss(point):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import directions
 import mlr_snet
 from averaging import Average
 from baselines import build_baseline
 from data import build_task
+from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
 from models import build_network
 from utils import build_optimizer
@@ -43,7 +43,10 @@ def parts(kind, task, fused, device=CPU):
         return network, *build_baseline(kind, "sgd", network, task, 2, 0.1)
     point = Average(network, 0.9) if kind == "average" else lookahead
     gamma = 0.01 if kind == "adam" else "auto"
-    schedule = MetaMLRSNetLR(optimizer, net, network, task, 2, 1, gamma=gamma, meta_point=point)
+    schedule = MetaMLRSNetLR(
+        optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 2), t_val=1, gamma=gamma,
+        meta_point=point,
+    )
     if fused:  # torch's other Adam counts its steps on the host, which no accelerator is waited for
         schedule.adam = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     return network, optimizer, schedule
@@ -55,7 +58,7 @@ KINDS = ["meta-test", "lookahead", "adam", "average", "cosine"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatch):
     if kind != "cosine":
-        for module in (mlr_snet, directions):  # as if the tensors lay on an accelerator
+        for module in (mlr_snet,):  # as if the tensors lay on an accelerator
             monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
     task = digits()
     steps = train(*_loop(parts(kind, task, fused=True), task))
@@ -75,7 +78,7 @@ def _loop(built, task):
 def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, monkeypatch):
     task = digits()
     host = [(step.lr, float(step.loss)) for step in train(*_loop(parts(kind, task, fused=False), task))]
-    for module in (mlr_snet, directions):
+    for module in (mlr_snet,):
         monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
     device = [(float(step.lr), float(step.loss)) for step in train(*_loop(parts(kind, task, fused=True), task))]
     assert [value for pair in device for value in pair] == pytest.approx([v for pair in host for v in pair], rel=2e-3)
@@ -84,8 +87,8 @@ def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, mon
 def test_a_rate_that_is_a_tensor_moves_the_weights_as_a_number_does():
     weights, direction = torch.randn(2, 5, dtype=torch.float64)
     one, other = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.clone())
-    directions.descend({one: lambda weight: direction}, 0.3)
-    directions.descend({other: lambda weight: direction}, torch.tensor(0.3, dtype=torch.float64))
+    mlr_snet.descend({one: lambda weight: direction}, 0.3)
+    mlr_snet.descend({other: lambda weight: direction}, torch.tensor(0.3, dtype=torch.float64))
     torch.testing.assert_close(one, other)
 
 

@@ -12,7 +12,7 @@ import torch
 from on_ranks import RUNS
 from test_scripts import META_TRAIN, ONE_THREAD, ROOT, TRAIN, results, run
 
-from distributed import share
+from distributed import shard
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -51,10 +51,10 @@ def test_the_shares_of_all_ranks_make_the_whole(monkeypatch):
             taken = []
             for me in range(ranks):
                 monkeypatch.setattr(distributed, "rank", lambda me=me: me)
-                monkeypatch.setattr(distributed, "num_ranks", lambda ranks=ranks: ranks)
-                mine, is_spare = share(number)
+                monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
+                mine, is_duplicate = shard(number)
                 assert len(range(number)[mine]) >= 1
-                taken += [] if is_spare else range(number)[mine]
+                taken += [] if is_duplicate else range(number)[mine]
             assert taken == list(range(number))
 
 

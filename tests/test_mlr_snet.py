@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import (
-    SHIPPED,
     MetaMLRSNetLR,
     MLRSNet,
     MLRSNetLR,
@@ -94,7 +94,7 @@ def test_scale_keeps_its_floor_where_the_formula_crosses_zero():
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
 def test_scale_refuses_a_loss_that_is_not_positive(loss):
-    with pytest.raises(ValueError, match="positive loss"):
+    with pytest.raises(ValueError, match="positive and finite loss"):
         lr_scale(loss, 10)
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_schedule_is_refused(tmp_path, monkeypatch, content):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_hypergradient_equals_central_differences_of_the_optimizers_own_step(name):
     network, optimizer = trained(OPTIMIZERS[name])
-    slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    slope = hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99))
     width = 1e-5
     above, below = (meta_loss_after_step(OPTIMIZERS[name], 0.05 + sign * width) for sign in (1, -1))
     assert slope.item() == pytest.approx((above - below) / (2 * width), rel=1e-5)
@@ -154,7 +154,7 @@ def written_out_direction(name, group, state, parameter, gradient):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_hypergradient_equals_autograd_through_the_lookahead(name):
     network, optimizer = trained(OPTIMIZERS[name])
-    slope = hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    slope = hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99))
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     images, labels = batch(2)
     parameters = dict(network.named_parameters())
@@ -180,7 +180,7 @@ def test_the_lookahead_leaves_everything_as_it_was_to_the_bit(name):
         return [tensor.clone() for tensor in tensors]
 
     before = snapshot()
-    hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99))
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
 
 
@@ -188,7 +188,7 @@ def test_the_meta_gradients_are_not_held_all_at_once(monkeypatch):
     network, optimizer = trained(OPTIMIZERS["sgd"])
     held, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: held.extend(grad(*args, **options)))
-    hypergradient(network, optimizer, 0.05, lambda point: loss_on(point, 99))
+    hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99))
     assert len(held) == len(list(network.parameters()))
     assert all(gradient.untyped_storage().nbytes() == gradient.element_size() for gradient in held)
 
@@ -196,7 +196,7 @@ def test_the_meta_gradients_are_not_held_all_at_once(monkeypatch):
 def test_an_optimizer_that_is_not_affine_in_the_rate_is_refused():
     network = small_network()
     with pytest.raises(TypeError, match="LBFGS"):
-        hypergradient(network, torch.optim.LBFGS(network.parameters()), 0.1, lambda point: loss_on(point, 99))
+        hypergradient(network, torch.optim.LBFGS(network.parameters()), 0.1, lambda: loss_on(network, 99))
 
 
 class ToyTask:
@@ -217,13 +217,18 @@ class ToyTask:
     def meta_batches(self, start):
         return map(self.Batch, itertools.count(1000 + start))
 
-    def loss(self, network, batch, carry):
+    def loss(self, network, batch, hidden):
         logits = network(batch.inputs)
         accuracy = 100 * (logits.argmax(1) == batch.targets).double().mean()
-        return nn.functional.cross_entropy(logits, batch.targets), accuracy, carry
+        return nn.functional.cross_entropy(logits, batch.targets), accuracy, hidden
 
     def evaluate(self, network):
         return {}
+
+
+def meta_schedule(optimizer, net, network, **options):
+    stream = MetaStream(ToyTask(), network)
+    return MetaMLRSNetLR(optimizer, net, network, stream, **schedule_arguments(ToyTask(), 1), t_val=1, **options)
 
 
 def test_the_loop_with_a_fixed_rate_equals_a_plain_loop_to_the_bit():
@@ -244,23 +249,23 @@ def test_theta_moves_along_the_total_derivative_of_the_meta_loss():
     """Adam's first gradient equals autograd through θ → lr → ŵ → L_meta, in float64."""
     network, optimizer = trained(OPTIMIZERS["sgd"])
     net = MLRSNet(6).double()
-    schedule = MetaMLRSNetLR(optimizer, net, network, ToyTask(), 1, t_val=1, weight_decay=0.0)
+    schedule = meta_schedule(optimizer, net, network, weight_decay=0.0)
     loss = torch.tensor(1.3, dtype=torch.float64)
     fraction, _ = net(loss, net.initial_state())
     scale = lr_scale(1.3, 4)
-    slope = hypergradient(network, optimizer, scale * fraction.item(), lambda point: loss_on(point, 1000))
+    slope = hypergradient(network, optimizer, scale * fraction.item(), lambda: loss_on(network, 1000))
     gradients = torch.autograd.grad(fraction, list(net.parameters()))
     slope_by_hand = [slope * scale * gradient for gradient in gradients]
     schedule.step(loss)
     for parameter, expected in zip(net.parameters(), slope_by_hand, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-14)
-    assert schedule.meta.index == 1
+    assert schedule.meta_loss.index == 1
 
 
 def test_the_real_step_uses_the_new_theta_and_advances_the_state_once():
     network, optimizer = trained(OPTIMIZERS["sgd"])
     net = MLRSNet(6).double()
-    schedule = MetaMLRSNetLR(optimizer, net, network, ToyTask(), 1, t_val=1, lr=0.1)
+    schedule = meta_schedule(optimizer, net, network, lr=0.1)
     schedule.step(torch.tensor(1.3, dtype=torch.float64))
     fraction, state = net(torch.tensor(1.3, dtype=torch.float64), net.initial_state())
     assert schedule.get_last_lr()[0] == pytest.approx(lr_scale(1.3, 4) * fraction.item(), rel=1e-12)
@@ -284,7 +289,7 @@ def test_the_scale_at_a_change_of_nets_comes_from_the_mean_loss_of_the_epoch_bef
     schedule = MLRSNetLR(optimizer, [MLRSNet(), MLRSNet()], 10, num_epochs=2, steps_per_epoch=2)
     for loss in (2.0, 1.0, 7.0):
         schedule.step(loss)
-    assert schedule.scale == pytest.approx(lr_scale(1.5, 10))
+    assert schedule.gamma == pytest.approx(lr_scale(1.5, 10))
 
 
 def test_a_loss_that_is_not_finite_reaches_the_caller_with_its_step():
@@ -300,7 +305,7 @@ def test_a_loss_that_is_not_finite_reaches_the_caller_with_its_step():
 def test_the_shipped_schedules_fall_over_the_run():
     """At the settled state the fraction of the LR scale falls from one net to the next, as their run's rate did."""
     settled = []
-    for net in load_schedules(SHIPPED):
+    for net in load_schedules():
         state = net.initial_state()
         for _ in range(200):
             fraction, state = net(torch.tensor(1.0), state)
@@ -309,7 +314,7 @@ def test_the_shipped_schedules_fall_over_the_run():
 
 
 def test_the_shipped_schedule_of_averaged_weights_goes_by_its_name_and_does_not_fall():
-    (net,) = load_schedules(["average"])
+    (net,) = load_schedules("average")
     state, fractions = net.initial_state(), []
     for step in range(1000):
         fraction, state = net(torch.tensor(2.3 - 0.002 * step), state)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from baselines import HD, L4, RTHO, L4Adam, build_baseline
-from utils import MetaStream
+from data.meta_stream import MetaStream
 
 STEPS = 6
 
@@ -25,8 +25,8 @@ class Points:
     def meta_batches(self, start):
         return map(self.points, itertools.count(1000 + start))
 
-    def loss(self, network, batch, carry):
-        return (network(batch) - batch.sin().sum(1, keepdim=True)).square().mean(), torch.tensor(0.0), carry
+    def loss(self, network, batch, hidden):
+        return (network(batch) - batch.sin().sum(1, keepdim=True)).square().mean(), torch.tensor(0.0), hidden
 
 
 def small_network():
@@ -81,7 +81,8 @@ def test_hd_follows_the_derivative_of_the_next_loss_in_the_last_rate(name):
 def test_rtho_follows_the_derivative_of_the_validation_loss_through_all_steps(momentum):
     network = small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=momentum, weight_decay=0.1)
-    rates, _ = drive(RTHO(optimizer, 2, 3, beta=1e-3, network=network, meta=MetaStream(Points())), network)
+    schedule = RTHO(optimizer, 2, 3, beta=1e-3, network=network, meta_loss=MetaStream(Points(), network))
+    rates, _ = drive(schedule, network)
     for last in range(1, STEPS):
         # all rates moved by the same shift, whose derivative at 0 is the sum over the steps so far
         shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -102,7 +103,9 @@ def test_rtho_works_beside_batch_norm_and_leaves_its_statistics_to_the_training_
     def statistics(name):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
-        _, schedule = build_baseline(name, "sgd", network, Points(), 2, 0.05, beta=1e-12)
+        _, schedule = build_baseline(
+            name, "sgd", network, Points(), 2, 0.05, beta=1e-12, meta_loss=MetaStream(Points(), network)
+        )
         drive(schedule, network, 3)
         return network[1].running_mean
 
@@ -143,16 +146,18 @@ def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
     def start():
         network = small_network()
         kind = "adam" if name == "prodigy" else "sgd"
-        return network, *build_baseline(name, kind, network, Points(), 2, 0.05)
+        stream = MetaStream(Points(), network)
+        return network, stream, *build_baseline(name, kind, network, Points(), 2, 0.05, meta_loss=stream)
 
-    network, _, schedule = start()
+    network, _, _, schedule = start()
     whole, _ = drive(schedule, network)
-    one, first_optimizer, first = start()
+    one, first_stream, first_optimizer, first = start()
     begun, _ = drive(first, one, 3)
-    other, second_optimizer, second = start()
+    other, second_stream, second_optimizer, second = start()
     other.load_state_dict(one.state_dict())
     second_optimizer.load_state_dict(first_optimizer.state_dict())
     second.load_state_dict(first.state_dict())
+    second_stream.load_state_dict(first_stream.state_dict())
 
     class Later(Points):
         @staticmethod

@@ -208,6 +208,6 @@ def test_torch_hub_gives_the_scheduler_and_the_net():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 10, 3, 2, source="local")
     schedule.step(2.3)
-    assert 0 < schedule.get_last_lr()[0] < schedule.scale
+    assert 0 < schedule.get_last_lr()[0] < schedule.gamma
     net = torch.hub.load(str(ROOT), "mlr_snet", source="local")
     assert sum(parameter.numel() for parameter in net.parameters()) == 11776

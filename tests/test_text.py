@@ -12,8 +12,7 @@ from torch.func import functional_call
 import data.text
 from data import build_task
 from data.text import TextData, TextTask
-from directions import update_directions
-from mlr_snet import hypergradient, lookahead
+from mlr_snet import hypergradient, lookahead, update_directions
 from models import build_network
 
 CPU = torch.device("cpu")
@@ -85,15 +84,15 @@ def test_carried_state_equals_one_long_unbroken_pass():
 
 def test_training_batches_carry_the_state_within_an_epoch_and_begin_anew():
     task, network = small_task(), small_network(dropout=0.0)
-    batches, carry = task.train_batches(task.steps_per_epoch - 1), None
-    _, _, carry = task.loss(network, next(batches), carry)
+    batches, hidden = task.train_batches(task.steps_per_epoch - 1), None
+    _, _, hidden = task.loss(network, next(batches), hidden)
     begins = next(batches)
     assert begins.first and torch.equal(begins.inputs, task.train.piece(0).inputs)
-    fresh, carried = task.loss(network, begins, None)[0], task.loss(network, begins, carry)[0]
+    fresh, carried = task.loss(network, begins, None)[0], task.loss(network, begins, hidden)[0]
     assert torch.equal(fresh, carried)
     second = next(batches)
-    assert not torch.equal(task.loss(network, second, None)[0], task.loss(network, second, carry)[0])
-    assert not any(state.requires_grad for state in carry)
+    assert not torch.equal(task.loss(network, second, None)[0], task.loss(network, second, hidden)[0])
+    assert not any(state.requires_grad for state in hidden)
 
 
 def test_the_meta_stream_cycles_over_the_validation_text():
@@ -113,11 +112,11 @@ def test_hypergradient_equals_autograd_through_the_lookahead_with_clip_carry_and
         return torch.randint(9, (7, 4), generator=generator)
 
     train_inputs, train_targets, meta_inputs, meta_targets = (tokens() for _ in range(4))
-    carry = tuple(0.3 * torch.randn(2, 4, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    hidden = tuple(0.3 * torch.randn(2, 4, 6, dtype=torch.float64, generator=generator) for _ in range(2))
 
     def loss(call, inputs, targets, mask):
         torch.manual_seed(mask)
-        return nn.functional.cross_entropy(call(inputs, carry)[0].flatten(0, 1), targets.flatten())
+        return nn.functional.cross_entropy(call(inputs, hidden)[0].flatten(0, 1), targets.flatten())
 
     for _ in range(2):
         optimizer.zero_grad()
@@ -125,7 +124,7 @@ def test_hypergradient_equals_autograd_through_the_lookahead_with_clip_carry_and
         nn.utils.clip_grad_norm_(network.parameters(), 0.1)
         if not optimizer.state:
             optimizer.step()
-    slope = hypergradient(network, optimizer, 2.0, lambda point: loss(point, meta_inputs, meta_targets, 2))
+    slope = hypergradient(network, optimizer, 2.0, lambda: loss(network, meta_inputs, meta_targets, 2))
 
     lr = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     parameters = dict(network.named_parameters())  # the tied weight once

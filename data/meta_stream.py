@@ -1,0 +1,42 @@
+"""The held-out batches that steer MLR-SNet, and what a schedule has to know of a task."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from distributed import gather_hidden, shard_hidden
+from mlr_snet import Task
+
+
+def schedule_arguments(task: Task, num_epochs: int) -> dict[str, Any]:
+    """The arguments of MLRSNetLR and MetaMLRSNetLR that describe the task and the length of the run."""
+    return {
+        "num_classes": task.num_classes, "perplexity": task.perplexity,
+        "num_epochs": num_epochs, "steps_per_epoch": task.steps_per_epoch,
+    }
+
+
+class MetaStream:
+    """Calling it returns the 0-d loss of the network on the task's next meta batch, with its graph.
+
+    It carries a language model's hidden state from one batch to the next. With several ranks the loss is this rank's.
+    """
+
+    def __init__(self, task: Task, network: nn.Module):
+        self.task, self.network, self.index = task, network, 0
+        self.hidden: Any = None
+        self.batches: Iterator[Any] | None = None
+
+    def __call__(self) -> Tensor:
+        if self.batches is None:
+            self.batches = self.task.meta_batches(self.index)
+        loss, _, self.hidden = self.task.loss(self.network, next(self.batches), self.hidden)
+        self.index += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"index": self.index, "hidden": gather_hidden(self.hidden)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.index, self.hidden, self.batches = state["index"], shard_hidden(state["hidden"]), None
