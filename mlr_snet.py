@@ -305,7 +305,7 @@ def _nadam(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> 
     beta1, beta2 = group["betas"]
     step = _next_step(state)
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (number * group["momentum_decay"])) for number in (step, step + 1))
-    mu_product = mu * (on_host(state["mu_product"]) if state else 1.0)
+    mu_product = on_host((state["mu_product"] if state else torch.tensor(1.0)) * mu)  # single precision, as torch has it
     exp_avg = _averaged(state, "exp_avg", gradient, beta1)
     exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
     root = exp_avg_sq.div_(1 - beta2**step).sqrt_().add_(group["eps"])
