@@ -7,16 +7,14 @@ optimizer.step().
     optimizers of their own      schedule-free, prodigy (packages schedulefree and prodigyopt)
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from averaging import fresh_statistics
 from mlr_snet import (
     all_reduce_mean,
     check_affine,
@@ -348,18 +346,6 @@ def prodigy(name: str, parameters: Any, lr: float, momentum: float, weight_decay
     return package.Prodigy(parameters, lr=lr, weight_decay=weight_decay, decouple=name == "adamw")
 
 
-@contextlib.contextmanager
-def evaluating(optimizer: Optimizer, network: nn.Module, task: Any) -> Iterator[None]:
-    """The network as it is meant to be evaluated: schedule-free methods at their average, its BatchNorm recomputed."""
-    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
-        yield
-        return
-    optimizer.eval()
-    with fresh_statistics(network, task):
-        yield
-    optimizer.train()
-
-
 # ---------------------------------------------------------------------------------------------- the registry
 
 SCHEDULES: dict[str, type[Fixed]] = {
@@ -414,6 +400,4 @@ def build_baseline(
         if meta_loss is None:
             raise ValueError("rtho needs meta_loss, the loss on the next validation batch")
         options |= {"network": network, "meta_loss": meta_loss}
-        if any(isinstance(module, nn.LSTM) for module in network.modules()):
-            torch.backends.cudnn.enabled = False  # its LSTM cannot be differentiated twice
     return built, SCHEDULES[schedule](built, num_epochs, task.steps_per_epoch, **options)
