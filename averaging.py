@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from distributed import average_buffers
@@ -29,6 +30,18 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
                 update_bn(batches, network)
             average_buffers(network)
         yield
+
+
+@contextlib.contextmanager
+def evaluating(optimizer: Optimizer, network: nn.Module, task: Any) -> Iterator[None]:
+    """The network as it is meant to be evaluated: schedule-free methods at their average, its BatchNorm recomputed."""
+    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+        yield
+        return
+    optimizer.eval()
+    with fresh_statistics(network, task):
+        yield
+    optimizer.train()
 
 
 class Average:

@@ -7,7 +7,8 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline, evaluating  # noqa: E402
+from averaging import evaluating  # noqa: E402
+from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
