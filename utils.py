@@ -9,7 +9,9 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -282,7 +284,9 @@ class Run:
         self.cost: dict[str, float] = {"steps_per_epoch": steps_per_epoch, **dict.fromkeys(COSTS, 0)}
         self.counting = True
         self.checkpoint = args.out / "checkpoint.pth"
-        args.out.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(args.out)
+        if rank() == 0:
+            self.lock.acquire()
         if not args.resume:
             write_atomically(args.out / "args.json", json.dumps(provenance(args), indent=1).encode())
         elif self.checkpoint.exists():
@@ -339,6 +343,7 @@ class Run:
             self.log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            self.lock.release()
         self._write_metrics()
         self._draw()
         return 0
@@ -453,3 +458,58 @@ class Run:
         figure.suptitle(self.args.out.name)
         figure.savefig(self.args.out / "run.png", dpi=120)
         pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- a lock
+
+
+class FolderLock:
+    """Keeps a folder to one process; the operating system releases it when that process ends, even by kill -9.
+
+    A context manager. The lock file `.lock` stays in the folder: only the lock on it counts, not that it exists.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.file: Any = None
+
+    def acquire(self) -> None:
+        """Lock the folder, which is made where there is none. ValueError that names the process which holds it."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            print(f"{self.folder}: this system has no fcntl, so a second run here is not noticed", file=sys.stderr)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = open(self.folder / ".lock", "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid, host, command = (file.read().split("\n", 2) + ["", "", ""])[:3]
+            file.close()
+            where = "" if host in ("", socket.gethostname()) else f" on {host}"
+            raise ValueError(
+                f"{self.folder} is in use by process {pid}{where} ({command.strip()}); "
+                "wait for it or give another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n{socket.gethostname()}\n{shlex.join(sys.argv)}\n")
+        file.flush()
+        self.file = file
+
+    def release(self) -> None:
+        """Let the folder go; nothing happens where it is not held."""
+        if self.file:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # closing is not enough where a forked worker has the file open
+            self.file.close()
+            self.file = None
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
