@@ -7,8 +7,9 @@ optimizer.step(), with this rank's loss where there are several.
     self-tuning optimizers       schedule-free, prodigy (packages schedulefree and prodigyopt)
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch

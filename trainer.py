@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
+from baselines import twice_differentiable
 from data import STREAMED, TEXTS, build_task
 from data.images import ImageTask
 from data.meta_stream import MetaStream
@@ -478,7 +479,8 @@ class Trainer:
             self._say(f"{self.args.out}: the run is complete")
         self.log = Log(self.args.out, self.num_steps, self.step)
         try:
-            with StopSignal() as stop, _double_backward(self.network, self.schedule):
+            double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
+            with StopSignal() as stop, double_backward:
                 stop_signal = self._train(stop)
         except FloatingPointError as error:
             self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
@@ -579,10 +581,3 @@ class Trainer:
     def _say(self, text: str, file: Any = None) -> None:
         if rank() == 0:
             tqdm.write(text, file=file)
-
-
-def _double_backward(network: nn.Module, schedule: Schedule) -> AbstractContextManager[Any]:
-    """A block in which the schedule can differentiate the network twice, if it has to: cuDNN's LSTM cannot."""
-    if schedule.second_order and any(isinstance(module, nn.LSTM) for module in network.modules()):
-        return torch.backends.cudnn.flags(enabled=False)
-    return nullcontext()
