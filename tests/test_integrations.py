@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedule, load_schedules
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integrations"))
 
@@ -64,7 +64,8 @@ def make_schedule(kind, network, loss_of_network=None, num_classes=10, **options
     net = MLRSNet(8)
     meta_loss = loss_of_network or (lambda: loss_of(network, held_out()))
     return partial(
-        MetaMLRSNetLR, net=net, network=network, meta_loss=meta_loss, num_classes=num_classes, t_val=2, lr=0.1, **options
+        MetaMLRSNetLR, net=net, network=network, meta_loss=meta_loss, num_classes=num_classes, t_val=2, lr=0.1,
+        **options,
     )
 
 
