@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
+from baselines import twice_differentiable
 from data import STREAMED, TEXTS, build_task
+from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
@@ -47,10 +49,15 @@ FORMAT = 2  # of checkpoint.pth
 FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers come to the host
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
-IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None}
+IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
+                  "skip_bad_images": False}
 IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5}
+
+# What build_task takes from the flags of one modality
+IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images")
+TEXT_OPTIONS = ("seq_len", "tokens")
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -92,6 +99,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                         help="resize to this many pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
     images.add_argument("--workers", type=number(int, 0),
                         help="processes that read tinyimagenet or imagenet (default: one per core, at most 8)")
+    images.add_argument("--skip-bad-images", action="store_true", default=None,
+                        help="leave out image files that cannot be read, and report them (default: stop at the first)")
     text = parser.add_argument_group("text")
     text.add_argument("--seq-len", "--seq_len", type=positive, help="tokens per sequence (default: 35)")
     text.add_argument("--tokens", choices=["word", "char"], help="unit of the text (default: word)")
@@ -186,7 +195,7 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     """
     device = init_distributed(pick_device(args.device))
     choose_algorithms(args.deterministic)
-    names = ("seq_len", "tokens") if args.dataset in TEXTS else ("seed", "num_meta", "image_size", "workers")
+    names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
     task = build_task(
         args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,
         limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
@@ -478,11 +487,15 @@ class Trainer:
             self._say(f"{self.args.out}: the run is complete")
         self.log = Log(self.args.out, self.num_steps, self.step)
         try:
-            with StopSignal() as stop, _double_backward(self.network, self.schedule):
+            double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
+            with StopSignal() as stop, double_backward:
                 stop_signal = self._train(stop)
         except FloatingPointError as error:
             self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
             return 1
+        except ImageFileError as error:
+            print(f"error: {error}; {self._last_checkpoint()}", file=sys.stderr)
+            return 2
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise
@@ -579,10 +592,3 @@ class Trainer:
     def _say(self, text: str, file: Any = None) -> None:
         if rank() == 0:
             tqdm.write(text, file=file)
-
-
-def _double_backward(network: nn.Module, schedule: Schedule) -> AbstractContextManager[Any]:
-    """A block in which the schedule can differentiate the network twice, if it has to: cuDNN's LSTM cannot."""
-    if schedule.second_order and any(isinstance(module, nn.LSTM) for module in network.modules()):
-        return torch.backends.cudnn.flags(enabled=False)
-    return nullcontext()

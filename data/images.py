@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from distributed import Hidden, all_reduce_sum, broadcast_buffers, shard, world_size
 
+from .files import check_memory
 from .sampling import balanced_sample, generator_for, without
 
 # A plan lists the batches to come: the indices of their images, and the key that seeds their augmentation, or None.
@@ -40,6 +41,10 @@ class Data(Protocol):
 
     num_classes: int
 
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side."""
+
     def splits(self, device: torch.device, workers: int) -> tuple[Split, Split]: ...
 
 
@@ -54,6 +59,10 @@ class ImageData:
     num_classes: int
     statistics: Statistics
     augment: bool  # random crop with padding 4, and random flip
+
+    @property
+    def image_size(self) -> int:
+        return self.train_images.shape[-1]
 
     def splits(self, device: torch.device, workers: int) -> tuple["InMemorySplit", "InMemorySplit"]:
         return (
@@ -135,7 +144,9 @@ class ImageTask:
             self.test_indices = balanced_sample(test_labels, self.test_indices, limit_test, generator_for(0, 2))
         self.num_classes, self.seed, self.batch_size = data.num_classes, seed, batch_size
         self.device, self.autocast = device, autocast
-        self.steps_per_epoch = -(-len(self.train_indices) // batch_size)
+        self.steps_per_epoch = len(cut(self.train_indices, batch_size))
+        size, images = data.image_size, min(batch_size, len(self.train_indices))
+        check_memory(4 * 3 * size**2 * images, f"{images} images of {size}×{size} pixels in a batch")
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify images, labels and split indices; the same on every rank."""
@@ -210,7 +221,7 @@ class ImageTask:
         number, first = divmod(start, per_pass)
         while True:
             order = torch.randperm(len(indices), generator=generator_for(self.seed, stream, number))
-            batches = indices[order].to(self.device).split(size)
+            batches = cut(indices[order].to(self.device), size)
             for place in range(first, per_pass):
                 yield batches[place], number, place
             number, first = number + 1, 0
@@ -223,6 +234,17 @@ class ImageTask:
             if is_duplicate:
                 targets.fill_(-100)
             yield Batch(inputs, targets, len(indices))
+
+
+def cut(indices: Tensor, size: int) -> list[Tensor]:
+    """Batches of `size`, the last one of what is left over.
+
+    A single index left over joins the batch before it, since BatchNorm over 1×1 features cannot train on one image.
+    """
+    batches = list(indices.split(size))
+    if size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def random_crop_and_flip(

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.functional import resize
 
-from .files import first_line
+from .files import check_memory, class_folders, decode, first_line
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 
@@ -50,30 +50,23 @@ def svhn(root: Path, image_size: int | None, seed: int) -> ImageData:
     )
 
 
-def folder(root: Path, image_size: int | None, seed: int) -> ImageData:
+def folder(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> ImageData:
     """root/train and root/test of class folders; without test, a class-balanced fifth of train, chosen by the seed."""
     size = image_size or 32
-
-    def decode(split: str) -> tuple[Tensor, Tensor, list[str]]:
-        try:
-            files = torchvision.datasets.ImageFolder(str(root / split))
-            images = [resize(torch.from_numpy(np.array(image)).permute(2, 0, 1), [size, size]) for image, _ in files]
-        except OSError as error:
-            hint = "expected folders train/CLASS and test/CLASS of images"
-            raise ValueError(f"{root / split}: {hint} ({str(error).splitlines()[0]})") from None
-        return torch.stack(images), torch.tensor(files.targets), files.classes
-
-    images, labels, classes = decode("train")
+    train = class_folders(root / "train")
+    images, labels = decode(train.samples, root / "train", size, skip_bad_images)
     if (root / "test").is_dir():
-        test_images, test_labels, test_classes = decode("test")
-        if test_classes != classes:
+        test = class_folders(root / "test")
+        if test.classes != train.classes:
             raise ValueError(f"{root}: train and test have different class folders; make them the same")
+        test_images, test_labels = decode(test.samples, root / "test", size, skip_bad_images)
     else:
-        generator = generator_for(seed, 0)
-        test = balanced_sample(labels, torch.arange(len(labels)), max(1, len(labels) // 5), generator)
-        train = without(len(labels), test)
-        images, labels, test_images, test_labels = images[train], labels[train], images[test], labels[test]
-    return ImageData(images, labels, test_images, test_labels, len(classes), CIFAR10_STATISTICS, augment=True)
+        everything = torch.arange(len(labels))
+        taken = balanced_sample(labels, everything, max(1, len(labels) // 5), generator_for(seed, 0))
+        test_images, test_labels = images[taken], labels[taken]
+        rest = without(len(labels), taken)
+        images, labels = images[rest], labels[rest]
+    return ImageData(images, labels, test_images, test_labels, len(train.classes), CIFAR10_STATISTICS, augment=True)
 
 
 def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
@@ -100,6 +93,7 @@ def _from_torchvision(name: str, make: Callable[[bool], Any], root: Path) -> tup
 
 
 def _resized(images: Tensor, image_size: int | None) -> Tensor:
-    if image_size in (None, images.shape[-1]):
+    if image_size is None or image_size == images.shape[-1]:
         return images
+    check_memory(3 * image_size**2 * len(images), f"{len(images)} images of {image_size}×{image_size} pixels")
     return resize(images, [image_size, image_size])

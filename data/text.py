@@ -62,6 +62,8 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
 
 def read(path: Path, tokens: str) -> list[list[str]]:
     """The file's lines, each a list of words or characters. ValueError if it is missing, empty or not UTF-8."""
+    if path.exists() and not path.is_file():  # reading a FIFO or a device may never end
+        raise ValueError(f"{path}: not a regular file")
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

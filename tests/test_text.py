@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,7 @@ def refuse_download(*args):
     ("text", lambda root: (root / "valid.txt").write_text(" \n"), "valid.txt: holds no text"),
     ("text", lambda root: (root / "test.txt").unlink(), "test.txt"),
     ("text", lambda root: (root / "train.txt").write_bytes(b"abc \xff\xfe"), "not UTF-8 at byte 4"),
+    ("text", lambda root: ((root / "test.txt").unlink(), os.mkfifo(root / "test.txt")), "not a regular file"),
     ("text", lambda root: (root / "valid.txt").write_text("a b"), "valid text has 3 tokens"),
     ("ptb", lambda root: (root / "test.txt").unlink(), "pydoc"),
 ])
