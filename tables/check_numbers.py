@@ -19,6 +19,7 @@ import bisect
 import csv
 import functools
 import json
+import math
 import os
 import re
 import statistics
@@ -54,7 +55,7 @@ ALLOWED = {
     "200 epochs, has not been run": "the paper's setting",
 }
 
-NUMBER = re.compile(r"(?<![\w.,])(?:(?<!\w)[−-])?\d+(?:,\d{3})*(?:\.\d+)?(?:e[−-]?\d+)?")
+NUMBER = re.compile(r"(?<![\w.,])(?:(?<!\w)[−-])?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+−-]?\d+)?")
 SPREAD = re.compile(rf"({NUMBER.pattern}) ± ({NUMBER.pattern})")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)\s]*\)")
 HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
@@ -105,7 +106,7 @@ def without_what_is_no_result(text: str) -> str:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """The numeric cells of every row."""
+    """The finite numbers of every row."""
     with path.open(newline="") as file:
         return [
             {column: float(cell) for column, cell in row.items() if NUMBER.fullmatch(cell or "")}
@@ -128,8 +129,8 @@ def of_table(path: Path) -> Results:
 
 def of_markdown(path: Path) -> Results:
     text = without_what_is_no_result(path.read_text())
-    if path.with_suffix(".csv").exists():  # it has the rows of the table, unrounded
-        text = blank(r"^\|[^\n]*", text)
+    if path.with_suffix(".csv").exists():  # it has the means and deviations unrounded; rounding twice is a mistake
+        text = blank(r"^\|[^\n]* ± [^\n]*", text)
     results = Results()
     results.spreads = [(parse(mean)[0], parse(deviation)[0]) for mean, deviation in SPREAD.findall(text)]
     results.values += [mean for mean, _ in results.spreads]
@@ -159,20 +160,23 @@ def of_runs(runs: list[Path]) -> Results:
     for run in runs:
         rows = read_csv(run / "metrics.csv")
         numbers = {column: value for column, value in rows[-1].items() if column != "seconds"}
-        numbers["first lr"] = rows[0]["lr"]
         for column in rows[-1]:
+            values = [row[column] for row in rows if column in row]
+            if column == "lr":
+                numbers["first lr"] = values[0]
             if column.startswith("test_acc"):
-                numbers[f"best {column}"] = max(row[column] for row in rows)
+                numbers[f"best {column}"] = max(values)
             if column.startswith("test_ppl"):
-                numbers[f"best {column}"] = min(row[column] for row in rows)
+                numbers[f"best {column}"] = min(values)
         results.values += numbers.values()
         seeds[run.name.rpartition("-")[0]].append(numbers)
     for name, group in seeds.items():
         if not name or len(group) < 2:
             continue
         for column in group[0]:
-            values = [numbers[column] for numbers in group]
+            values = [numbers.get(column, math.nan) for numbers in group]  # a run that diverged has none
             results.spreads.append((statistics.mean(values), statistics.stdev(values)))
+    results.spreads = [spread for spread in results.spreads if not math.isnan(spread[0])]
     results.values += [mean for mean, _ in results.spreads]
     return results
 
@@ -188,7 +192,8 @@ def of_folder(folder: Path) -> Results:
         if path.suffix == ".md" and path.name != "README.md":  # a README is written by hand
             results.add(of_markdown(path))
     results.add(of_runs([path.parent for path in [*folder.glob("metrics.csv"), *folder.glob("*/metrics.csv")]]))
-    results.values += [read_csv(path)[0]["lr"] for path in folder.rglob("metrics.csv")]  # where a schedule begins
+    for path in folder.rglob("metrics.csv"):
+        results.values += [row["lr"] for row in read_csv(path)[:1] if "lr" in row]  # where a schedule begins
     for path in folder.rglob("args.json"):
         results.values += numbers_in(json.loads(path.read_text())["arguments"])
     return results
@@ -199,7 +204,7 @@ def linked_results(section: str, folder: Path) -> tuple[Results, list[str]]:
     results, broken, sources = Results(), [], {}
     for link in LINK.findall(section):
         path = Path(os.path.normpath(folder / link))
-        is_result = "tables/results/" in f"{path.as_posix()}/"
+        is_result = "/tables/results/" in path.as_posix()
         if not is_result and path.name != "provenance.json":
             continue
         if not path.exists():

@@ -81,6 +81,18 @@ def test_a_mean_takes_its_own_deviation(small_page):
     assert found == ["2: 59.7 ± 8.4: no linked result has this mean and deviation"]
 
 
+def test_rounding_the_rounded_table_again_is_a_mistake(small_page):
+    folder = small_page.parent / "results" / "race"
+    (folder / "table.csv").write_text("method,last_mean,last_std\nadam,61.7,1.3468\n")
+    (folder / "table.md").write_text("| adam | 61.70 ± 1.35 |\n")
+    assert findings(small_page, "[table](results/race) 61.7 ± 1.3") == []
+    assert len(findings(small_page, "[table](results/race) 61.7 ± 1.4")) == 1
+
+
+def test_a_link_to_all_results_links_none(small_page):
+    assert findings(small_page, "[all](results) 59.7") == ["1: 59.7: the section links no results"]
+
+
 def test_a_section_has_only_the_results_that_it_links(small_page):
     text = "# One\n[table](results/race) 59.7\n# Two\n59.7"
     assert findings(small_page, text) == ["4: 59.7: the section links no results"]
