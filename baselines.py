@@ -1,27 +1,34 @@
 """The schedules that MLR-SNet is compared with. All are stepped like MLRSNetLR: step(loss) between backward() and
 optimizer.step(), with this rank's loss where there are several.
 
-    functions of the time        fixed, multistep, exponential, cosine, sgdr, onecycle
-    rates from losses            val
+    functions of the time        fixed, multistep, exponential, cosine, sgdr, onecycle, warmup-cosine, linear, wsd
+    rates from losses            val, plateau, greedy
     rates from gradients         hd, rtho, l4mom, l4adam
-    self-tuning optimizers       schedule-free, prodigy (packages schedulefree and prodigyopt)
+    self-tuning optimizers       schedule-free, schedule-free-radam, prodigy, dadaptation
+
+greedy and the self-tuning optimizers come from the packages transformers, schedulefree, prodigyopt and dadaptation,
+which are optional.
 """
 
 import contextlib
+import importlib
+import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mlr_snet import (
     all_reduce_mean,
     check_affine,
     copied_rates,
     lr_ratios,
+    on_host,
     parameters_with_grad,
     preserved,
     set_lr,
@@ -35,6 +42,7 @@ class Baseline:
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
     remembered: tuple[str, ...] = ("num_steps",)
+    scheduler: Any  # another package's, where there is one
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
         lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
@@ -52,7 +60,10 @@ class Baseline:
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, beside the optimizer's own state_dict."""
-        return {name: getattr(self, name) for name in self.remembered}
+        state = {name: getattr(self, name) for name in self.remembered}
+        if "scheduler" in state:
+            state["scheduler"] = state["scheduler"].state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from state_dict(). ValueError for a state of another schedule."""
@@ -61,9 +72,18 @@ class Baseline:
             raise ValueError(f"not the state of a {type(self).__name__}: missing or unknown {different}")
         device = self.optimizer.param_groups[0]["params"][0].device
         for name, value in state.items():
+            if isinstance(value, Tensor):
+                value = value.to(device)
             if isinstance(value, list):
                 value = [tensor.to(device) for tensor in value]
-            setattr(self, name, value)
+            if name == "scheduler":
+                self.scheduler.load_state_dict(value)
+            else:
+                setattr(self, name, value)
+
+    def _starts_new_epoch(self) -> bool:
+        """Whether the step about to be taken is the first one of an epoch, the run's first epoch apart."""
+        return self.num_steps > 0 and self.num_steps % self.steps_per_epoch == 0
 
 
 # ---------------------------------------------------------------------------------------------- functions of the time
@@ -134,7 +154,66 @@ class OneCycle(ClosedForm):
         return low + (1.0 - low) * (1 - math.cos(math.pi * progress)) / 2
 
 
+class Warmup(ClosedForm):
+    """A linear climb over the first 5 % of the steps, then a decay from the initial rate over the others."""
+
+    def factor(self, epoch: float) -> float:
+        num_steps = self.num_epochs * self.steps_per_epoch
+        num_warmup = num_steps // 20
+        step = epoch * self.steps_per_epoch
+        if step < num_warmup:
+            return (step + 1) / (num_warmup + 1)  # never 0, which would waste a step
+        return self.decay((step - num_warmup) / (num_steps - num_warmup))
+
+    def decay(self, progress: float) -> float:
+        """The factor after the warm-up; progress runs from 0 to 1."""
+        raise NotImplementedError
+
+
+class WarmupCosine(Warmup):
+    """Linear warm-up over 5 % of the run, then half a cosine to 0."""
+
+    def decay(self, progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2
+
+
+class Linear(Warmup):
+    """Linear warm-up over 5 % of the run, then linear decay to 0."""
+
+    def decay(self, progress: float) -> float:
+        return 1 - progress
+
+
+class WSD(Warmup):
+    """Warm-up, stable, decay: linear warm-up over 5 % of the run, linear decay to 0 over its last 20 %.
+
+    Source: Hu et al., "MiniCPM", 2024.
+    """
+
+    def factor(self, epoch: float) -> float:
+        return min(super().factor(epoch), 5 * (1 - epoch / self.num_epochs))
+
+    def decay(self, progress: float) -> float:
+        return 1.0
+
+
 # ---------------------------------------------------------------------------------------------- rates from losses
+
+
+def _from_package(module: str, name: str, purpose: str) -> Any:
+    """A class of an optional package. ValueError where the package is missing or too old."""
+    package = module.split(".")[0]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        raise ValueError(f"{purpose} needs the package {package}: pip install {package}") from None
+    except AttributeError:
+        raise ValueError(f"{purpose} needs a {package} with {name}: pip install --upgrade {package}") from None
+
+
+def _mean_loss(loss: float | Tensor) -> Tensor:
+    """The mean over the ranks."""
+    return all_reduce_mean(torch.as_tensor(loss).detach())
 
 
 class Val(Baseline):
@@ -152,13 +231,58 @@ class Val(Baseline):
         self.validate, self.lr, self.min_loss = validate, self.initial_lr, math.inf
 
     def step(self, loss: float | Tensor) -> None:
-        if self.num_steps and self.num_steps % self.steps_per_epoch == 0:
+        if self._starts_new_epoch():
             validation_loss = self.validate()
             if validation_loss < self.min_loss:
                 self.min_loss = validation_loss
             else:
                 self.lr /= 4
         set_lr(self.optimizer, self.lr)
+        self.num_steps += 1
+
+
+class Plateau(Baseline):
+    """torch's ReduceLROnPlateau on the epoch's mean training loss: ÷10 after more than 10 epochs without improvement.
+
+    The mean is taken over the epoch's steps.
+    """
+
+    remembered = ("num_steps", "epoch_loss", "scheduler")
+
+    def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
+        super().__init__(optimizer, num_epochs, steps_per_epoch)
+        self.scheduler = ReduceLROnPlateau(optimizer)
+        self.epoch_loss: float | Tensor = 0.0  # summed over the epoch's steps
+
+    def step(self, loss: float | Tensor) -> None:
+        if self._starts_new_epoch():
+            self.scheduler.step(float(self.epoch_loss) / self.steps_per_epoch)
+            self.epoch_loss = 0.0
+        self.epoch_loss = self.epoch_loss + on_host(_mean_loss(loss))
+        self.num_steps += 1
+
+
+class Greedy(Baseline):
+    """GreedyLR of the package transformers on every step's training loss, averaged over the last 50 steps.
+
+    The rate is divided by 0.95 after more than 10 improvements in a row, and multiplied by it after more than 10 steps
+    without one. Deviation: the package bounds the rate by 1e-3 and 1, which suits an initial rate of 0.1; here the
+    bounds are 1/100 and 10 times the initial rate. Source: Subramanian et al., "Dynamic Learning Rate Scheduling based
+    on Loss Changes Leads to Faster Convergence", 2025.
+    """
+
+    remembered = ("num_steps", "scheduler")
+
+    def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
+        super().__init__(optimizer, num_epochs, steps_per_epoch)
+        greedy = _from_package("transformers.optimization", "GreedyLR", "--schedule greedy")
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.scheduler = greedy(
+            optimizer, smooth=True, min_lr=[lr / 100 for lr in rates], max_lr=[10 * lr for lr in rates]
+        )
+
+    def step(self, loss: float | Tensor) -> None:
+        self.scheduler.step(float(_mean_loss(loss)))
         self.num_steps += 1
 
 
@@ -315,7 +439,7 @@ class L4(Baseline):
 
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
-        value = float(all_reduce_mean(torch.as_tensor(loss).detach()))
+        value = float(_mean_loss(loss))
         parameters = parameters_with_grad(self.optimizer)
         if not self.num_steps:
             self.min_loss = 0.75 * value
@@ -371,27 +495,30 @@ class SelfTuning(Baseline):
     def _rate(group: dict[str, Any]) -> float:
         if "scheduled_lr" in group:  # schedule-free; 0 before the first step
             return float(group["scheduled_lr"])
-        return float(group["lr"] * group["d"])  # d is the distance that Prodigy estimates
-
-
-def _package(name: str, schedule: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"--schedule {schedule} needs the package {name}: pip install {name}") from None
+        lr = float(group["lr"] * group["d"])  # d is the distance that Prodigy and D-Adaptation estimate
+        return lr / group.get("g0_norm", 1.0)  # D-Adaptation's SGD divides by the first gradient's norm
 
 
 def schedule_free(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """Schedule-free SGD (interpolation 0.9 unless momentum is given) or AdamW. Source: Defazio et al., 2024."""
     if name == "adam":
         raise ValueError("--schedule schedule-free works with --optimizer sgd or adamw")
-    package = _package("schedulefree", "schedule-free")
     if name == "sgd":
-        optimizer = package.SGDScheduleFree(parameters, lr=lr, momentum=momentum or 0.9, weight_decay=weight_decay)
+        make = _from_package("schedulefree", "SGDScheduleFree", "--schedule schedule-free")
+        optimizer = make(parameters, lr=lr, momentum=momentum or 0.9, weight_decay=weight_decay)
     else:
-        optimizer = package.AdamWScheduleFree(parameters, lr=lr, weight_decay=weight_decay)
+        make = _from_package("schedulefree", "AdamWScheduleFree", "--schedule schedule-free")
+        optimizer = make(parameters, lr=lr, weight_decay=weight_decay)
+    optimizer.train()
+    return optimizer
+
+
+def schedule_free_radam(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
+    """Schedule-free RAdam, the package's newest form, which needs no warm-up."""
+    if name != "adamw":
+        raise ValueError("--schedule schedule-free-radam works with --optimizer adamw")
+    make = _from_package("schedulefree", "RAdamScheduleFree", "--schedule schedule-free-radam")
+    optimizer = make(parameters, lr=lr, weight_decay=weight_decay)
     optimizer.train()
     return optimizer
 
@@ -400,8 +527,56 @@ def prodigy(name: str, parameters: Any, lr: float, momentum: float, weight_decay
     """Prodigy, an Adam that finds its rate; lr multiplies it. Source: Mishchenko and Defazio, 2023."""
     if name == "sgd":
         raise ValueError("--schedule prodigy works with --optimizer adam (coupled weight decay) or adamw")
-    package = _package("prodigyopt", "prodigy")
-    return package.Prodigy(parameters, lr=lr, weight_decay=weight_decay, decouple=name == "adamw")
+    make = _from_package("prodigyopt", "Prodigy", "--schedule prodigy")
+    return make(parameters, lr=lr, weight_decay=weight_decay, decouple=name == "adamw")
+
+
+def dadaptation(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
+    """D-Adaptation: SGD or Adam that find their rate; lr multiplies it. Source: Defazio and Mishchenko, 2023."""
+    if name == "sgd":
+        make = _from_package("dadaptation", "DAdaptSGD", "--schedule dadaptation")
+        return make(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    make = _from_package("dadaptation", "DAdaptAdam", "--schedule dadaptation")
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces decoupled weight decay
+        return make(parameters, lr=lr, weight_decay=weight_decay, decouple=name == "adamw")
+
+
+# ---------------------------------------------------------------------------------------------- Lightning's LR finder
+
+
+def lightning_rates(num_rates: int = 100, low: float = 1e-8, high: float = 1.0) -> list[float]:
+    """The rates of Lightning's range test, one a step: exponential from low to high, without the second one."""
+    return [low, *(low * (high / low) ** (number / num_rates) for number in range(2, num_rates + 1))]
+
+
+def lightning_lr(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate that Lightning's LR finder suggests: where the smoothed loss falls most steeply.
+
+    losses are the training losses at `rates`, step by step; what follows a divergence is ignored. ValueError where
+    there are too few of them, or the package lightning is missing.
+    """
+    finder_class = _from_package("lightning.pytorch.tuner.lr_finder", "_LRFinder", "Lightning's LR finder")
+    smoothed = _lightning_smoothed(losses)
+    finder = finder_class("exponential", rates[0], rates[-1], len(rates))
+    finder.results = {"lr": list(rates[: len(smoothed)]), "loss": smoothed}
+    suggestion = finder.suggestion()
+    if suggestion is None:
+        raise ValueError(f"Lightning's LR finder has no suggestion after {len(smoothed)} steps; give it more losses")
+    return suggestion
+
+
+def _lightning_smoothed(losses: Sequence[float]) -> list[float]:
+    """The losses as Lightning's finder sees them: smoothed by 0.98, up to the first above 4 times the lowest."""
+    average, lowest = 0.0, math.inf
+    smoothed: list[float] = []
+    for number, loss in enumerate(losses, start=1):
+        average = 0.98 * average + 0.02 * loss
+        value = average / (1 - 0.98 ** (number + 1))
+        smoothed.append(value)
+        if value > 4 * lowest:
+            break
+        lowest = min(lowest, value)
+    return smoothed
 
 
 # ---------------------------------------------------------------------------------------------- the registry
@@ -413,24 +588,37 @@ SCHEDULES: dict[str, type[Baseline]] = {
     "cosine": Cosine,
     "sgdr": SGDR,
     "onecycle": OneCycle,
+    "warmup-cosine": WarmupCosine,
+    "linear": Linear,
+    "wsd": WSD,
     "val": Val,
+    "plateau": Plateau,
+    "greedy": Greedy,
     "hd": HD,
     "rtho": RTHO,
     "l4mom": L4,
     "l4adam": L4Adam,
     "schedule-free": SelfTuning,
+    "schedule-free-radam": SelfTuning,
     "prodigy": SelfTuning,
+    "dadaptation": SelfTuning,
 }
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"schedule-free": schedule_free, "prodigy": prodigy}  # their own
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {  # of the self-tuning ones
+    "schedule-free": schedule_free,
+    "schedule-free-radam": schedule_free_radam,
+    "prodigy": prodigy,
+    "dadaptation": dadaptation,
+}
 VALIDATING = ("val", "rtho")  # need data held out of the training set
 RATELESS = ("l4mom", "l4adam")  # have no initial rate
+RATE_FACTORS = ("prodigy", "dadaptation")  # their lr multiplies the rate that they find
 
 
 def default_lr(schedule: str, optimizer: str) -> float:
     """The usual initial rate of a baseline."""
-    if schedule == "prodigy":
+    if schedule in RATE_FACTORS:
         return 1.0
-    if schedule == "schedule-free":
+    if schedule in ("schedule-free", "schedule-free-radam"):
         return 1.0 if optimizer == "sgd" else 0.0025
     if optimizer != "sgd":
         return 1e-3

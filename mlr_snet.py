@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 # ---------------------------------------------------------------------------------------------- the net, A(·; θ)
 
@@ -550,6 +551,8 @@ class MLRSNetLR:
         if gamma != "auto" and not (isinstance(gamma, (int, float)) and math.isfinite(gamma) and gamma > 0):
             raise ValueError(f"gamma {gamma!r}: give a positive number or 'auto'")
         _check_num_classes(num_classes, least=2 if perplexity else 1)
+        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = wrapped  # by Accelerate or Lightning
         lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
         self.optimizer, self.nets = optimizer, list(nets)
         self.num_classes, self.perplexity = num_classes, perplexity
@@ -591,6 +594,43 @@ class MLRSNetLR:
 
     def _learn(self, loss: Tensor) -> None:
         """Where MetaMLRSNetLR moves θ, before the rate is set."""
+
+    def attach(self, next_loss: Callable[[], float | Tensor | None]) -> RemovableHandle:
+        """Make every optimizer.step() call step(next_loss()) right before its update; the handle's remove() undoes it.
+
+        For trainers that give no access between backward() and the update. Gradients are unscaled and clipped by then,
+        and a step that GradScaler skips does not advance the schedule. A next_loss() of None keeps the rate.
+        """
+        is_stepping = False  # true during the trial steps that measure an optimizer
+
+        def set_rate(optimizer: Optimizer) -> None:
+            nonlocal is_stepping
+            # GradScaler leaves it to a fused optimizer to skip a step
+            is_skipped = bool(getattr(optimizer, "found_inf", 0))
+            if is_stepping or is_skipped:
+                return
+            is_stepping = True
+            try:
+                loss = next_loss()
+                if loss is not None:
+                    self.step(loss)
+            finally:
+                is_stepping = False
+
+        def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                set_rate(optimizer)
+                return None
+
+            def closure_then_rate() -> Any:
+                result = closure()
+                set_rate(optimizer)
+                return result
+
+            return args[:1], {**kwargs, "closure": closure_then_rate}
+
+        return self.optimizer.register_step_pre_hook(before_step)
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Copies of the parameter groups' rates, as last set; for a rate kept in a tensor, 0-d tensors."""
@@ -687,6 +727,8 @@ class MetaMLRSNetLR(MLRSNetLR):
         """θ ← Adam(θ, ∂L_meta/∂lr · γ · ∂A/∂θ), with the LSTM state a constant."""
         if (self.num_steps + 1) % self.t_val:
             return
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise RuntimeError("the gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step()")
         with torch.enable_grad():
             fraction, _ = self.net(self._input(loss), self.state)
             lr = self.gamma * on_host(fraction)

@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.losses:
             losses = read_losses(args.losses, args.steps_per_epoch)
         else:
-            losses = decaying_losses(*args.decay, args.num_epoch, args.steps_per_epoch)
+            first, last = args.decay
+            losses = decaying_losses(first, last, args.num_epoch, args.steps_per_epoch)
         run = follow(nets, losses, args)
         settled = [settled_fractions(net, LOSSES) for net in nets]
         draw(args.out, names, settled, run, args)

@@ -2,6 +2,7 @@
 a stopped one resumes.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ class CellRun:
         self.name, self.command, self.folder, self.threads = name, command, folder, threads
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ran to its end or diverged."""
+        return (self.folder / "status.json").exists()
 
     def __call__(self) -> str:
         """Run the cell, from where it was stopped; return "", or in one line why it cannot run."""
@@ -49,10 +55,21 @@ class CellRun:
         if self.process and self.process.poll() is None:
             self.process.terminate()
 
+    def checkpoint(self) -> Any:
+        """Called by submitit in a job near its time limit: stop at a checkpoint, and return what the next job runs."""
+        from submitit.helpers import DelayedSubmission
+
+        self.stop()
+        if self.process:
+            # The signal handler that calls this has interrupted process.wait(), so leave the exit status to it.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(CellRun(self.name, self.command, self.folder, self.threads))
+
     def _wait_for_others(self) -> bool:
         """Wait while another process has the folder, such as a run that outlived its table; whether to run now."""
         said = ""
-        while not self.stopped and not (self.folder / "status.json").exists():
+        while not self.stopped and not self.is_done:
             holder = self._holder()
             if not holder:
                 return True
@@ -85,7 +102,11 @@ class CellRun:
             )
             if self.stopped:  # while it was being started
                 self.process.terminate()
-            code = self.process.wait()
+            try:
+                code = self.process.wait()
+            finally:
+                if self.process.poll() is None:  # a job of a cluster was cancelled
+                    self.process.terminate()
             errors.seek(0)
             return code, errors.read().strip().splitlines()
 
@@ -93,39 +114,68 @@ class CellRun:
 class Race:
     """The runs of a table's cells, each in a folder of its own, and what lies in those folders."""
 
-    def __init__(self, cells: list[Cell], folder: Path, jobs: int):
-        self.cells, self.folder, self.jobs = cells, folder, jobs
+    def __init__(self, cells: list[Cell], folder: Path):
+        self.cells, self.folder = cells, folder
         self.runs: list[CellRun] = []
+        self.jobs: list[Any] = []  # of a cluster
         self.stopped = False
 
-    def run(self) -> None:
-        """Run what is not done. ValueError with the script's own line and command where a cell cannot run."""
+    def run_here(self, jobs: int) -> None:
+        """Run what is not done, so many at a time. ValueError with the script's own line where a cell cannot run."""
+        threads = max(1, (os.cpu_count() or 1) // jobs)  # processes that compete for the cores are far slower
+        self._prepare(threads)
+        with ThreadPoolExecutor(jobs) as pool:
+            self._follow([pool.submit(run) for run in self.runs])
+
+    def run_on(self, executor: Any, threads: int) -> None:
+        """The same as jobs of submitit's executor, one for every run, with so many CPU threads each."""
+        self._prepare(threads)
+        self.jobs = [executor.submit(run) for run in self.runs if not run.is_done]
+        self._follow(self.jobs)
+
+    def _prepare(self, threads: int) -> None:
+        """Describe each run once, and let signals stop them."""
+        for cell in self._whole():
+            self.runs.append(CellRun(cell.name, cell.command, self.folder / cell.name, threads))
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)  # processes that compete for the cores are far slower
-        whole = list({cell.name: cell for cell in self.cells if cell.is_whole}.values())  # each once
-        self.runs = [CellRun(cell.name, cell.command, self.folder / cell.name, threads) for cell in whole]
-        bar = tqdm(total=sum(cell.num_epochs for cell in whole), unit="epoch", disable=None)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = [pool.submit(self._run, run) for run in self.runs]
-            while wait(waiting, timeout=10).not_done:  # reading all runs takes time that they need
-                bar.update(sum(len(self.rows(cell)) for cell in whole) - bar.n)
-        bar.close()
-        for future in waiting:
-            if future.result():
-                raise ValueError(future.result())
 
-    def _run(self, run: CellRun) -> str:
-        """Run one cell; one that cannot run stops the others."""
-        reason = run()
-        if reason:
-            self._stop()
-        return reason
+    def _whole(self) -> list[Cell]:
+        """The cells whose runs serve all others."""
+        return list({cell.name: cell for cell in self.cells if cell.is_whole}.values())
+
+    def _follow(self, jobs: list[Any]) -> None:
+        """Show the progress until all jobs have ended. The first that cannot run stops the others."""
+        bar = tqdm(total=sum(cell.num_epochs for cell in self._whole()), unit="epoch", disable=None)
+        failure, polls = "", 0
+        while jobs:
+            for job in [job for job in jobs if job.done()]:
+                jobs = [other for other in jobs if other is not job]
+                if not self.stopped:
+                    failure = self._failure_of(job)
+                if failure and not self.stopped:
+                    self._stop()
+            if polls % 50 == 0:  # reading all metrics takes time that the runs need
+                bar.update(sum(len(self.rows(cell)) for cell in self._whole()) - bar.n)
+            polls += 1
+            time.sleep(0.2)
+        bar.close()
+        if failure:
+            raise ValueError(failure)
+
+    def _failure_of(self, job: Any) -> str:
+        """Why a job that ended could not run its cell, in one line; "" where it could."""
+        try:
+            return job.result()
+        except RuntimeError as error:  # submitit's, where the job itself failed
+            return f"{str(error).splitlines()[0]}; see {job.paths.stderr}; the same command resumes"
 
     def _stop(self, number: int = 0, frame: Any = None) -> None:
         self.stopped = True
         for run in self.runs:
             run.stop()
+        for job in self.jobs:
+            job.cancel(check=False)
 
     def rows(self, cell: Cell) -> list[dict[str, float]]:
         """metrics.csv so far, up to the last epoch that counts."""

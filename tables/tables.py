@@ -15,6 +15,7 @@ ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 
 from cells import Cell, cells_of, parse  # noqa: E402
+from cluster import build_executor, threads_of  # noqa: E402
 from race import Race  # noqa: E402
 from report import (  # noqa: E402
     COST_COLUMNS,
@@ -67,13 +68,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--target", type=number(float, 0), help="test accuracy (%%) or perplexity to reach (default: where fixed ends)")
     add("--highlight", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
         help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
-    add("--jobs", type=number(int, 1), default=1, help="runs side by side, sharing the cores (default: 1)")
+    add("--jobs", type=number(int, 1), help="runs side by side on this machine, sharing its cores (default: 1)")
+    add("--slurm", action="store_true", help="run the cells as jobs of a Slurm cluster (needs the package submitit)")
+    add("--slurm-option", nargs="+", default=[], metavar="NAME=VALUE", dest="slurm_options",
+        help="of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 minutes "
+        "and 1 CPU); cluster=local runs them on this machine")
     add("--out", type=folder, default=SCRIPT.parent / "result",
         help="folder of the tables (default: result beside this script)")
     args = parser.parse_args(argv)
     if not args.list and not args.table:
         parser.error(f"--table: choose from {', '.join(TABLES)}")
+    if args.slurm_options and not args.slurm:
+        parser.error("--slurm-option belongs to --slurm; leave it out")
+    if args.slurm and args.jobs:
+        parser.error("--jobs is for one machine; leave it out with --slurm")
     args.only = list(dict.fromkeys(args.only))
+    try:
+        args.slurm_options = parse_words(args.slurm_options)
+    except ValueError as error:
+        parser.error(f"--slurm-option {error}")
     try:
         args.overrides = parse_overrides(args.overrides)
         if args.table:
@@ -83,18 +96,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_overrides(words: list[str]) -> dict[str, str]:
-    """FLAG=VALUE words as a dictionary. ValueError for what is malformed, a duplicate or not for --set."""
-    overrides: dict[str, str] = {}
+def parse_words(words: list[str]) -> dict[str, str]:
+    """NAME=VALUE words as a dictionary. ValueError for a malformed one or a duplicate."""
+    values: dict[str, str] = {}
     for word in words:
-        flag, equals, value = word.removeprefix("--").partition("=")
-        if not flag or not equals:
-            raise ValueError(f"{word}: give FLAG=VALUE, such as num-epoch=10")
-        if flag in overrides:
-            raise ValueError(f"{flag}: duplicate; give it once")
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{word}: give NAME=VALUE")
+        if name in values:
+            raise ValueError(f"{name}: duplicate; give it once")
+        values[name] = value
+    return values
+
+
+def parse_overrides(words: list[str]) -> dict[str, str]:
+    """The words of --set as a dictionary. ValueError for one that is malformed, a duplicate or not for --set."""
+    overrides = parse_words([word.removeprefix("--") for word in words])
+    for flag in overrides:
         if flag in NOT_FOR_SET:
             raise ValueError(f"{flag}: {NOT_FOR_SET[flag]}")
-        overrides[flag] = value
     if "num-epoch" in overrides:
         try:
             number(int, 1)(overrides["num-epoch"])
@@ -152,8 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         check_cells(cells)
         with FolderLock(out):
             (out / "runs").mkdir(exist_ok=True)
-            race = Race(cells, out / "runs", args.jobs)
-            race.run()
+            race = Race(cells, out / "runs")
+            if args.slurm:
+                race.run_on(build_executor(out / "jobs", args.slurm_options), threads_of(args.slurm_options))
+            else:
+                race.run_here(args.jobs or 1)
             if race.stopped:
                 print("stopped; the same command resumes")
                 return 130

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)  # pytest runs a process per core
+
 
 def pytest_configure(config):
     os.environ["MLR_SNET_CACHE"] = ""  # tests leave the user's cache alone

@@ -1,5 +1,6 @@
 """The schedules that follow gradients, against autograd through the unrolled steps and by hand."""
 
+import io
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+import baselines
 from baselines import HD, L4, RTHO, L4Adam, build_baseline, twice_differentiable
 from data.meta_stream import MetaStream
 
@@ -175,14 +177,28 @@ def test_l4_equals_its_update_equations(kind):
         point = [weight.detach() - lr * v for weight, v in zip(point, direction, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["hd", "rtho", "l4mom", "l4adam", "schedule-free", "prodigy"])
-def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
-    for package in {"schedule-free": ["schedulefree"], "prodigy": ["prodigyopt"]}.get(name, []):
-        pytest.importorskip(package, reason=f"needs the package {package}")
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+PACKAGES = {"schedule-free": "schedulefree", "schedule-free-radam": "schedulefree", "prodigy": "prodigyopt",
+            "dadaptation": "dadaptation", "greedy": "transformers"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("hd", "sgd"), ("hd", "adamw"), ("rtho", "sgd"), ("l4mom", "sgd"), ("l4adam", "sgd"), ("plateau", "adamw"),
+    ("greedy", "adamw"), ("schedule-free", "sgd"), ("schedule-free", "adamw"), ("schedule-free-radam", "adamw"),
+    ("prodigy", "adam"), ("dadaptation", "sgd"), ("dadaptation", "adam"), ("dadaptation", "adamw"),
+])
+def test_a_rival_continues_from_its_state_as_if_never_stopped(name, kind):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason=f"needs the package {PACKAGES[name]}")
 
     def start():
         network = small_network()
-        kind = "adam" if name == "prodigy" else "sgd"
         stream = MetaStream(Points(), network)
         return network, stream, *build_baseline(name, kind, network, Points(), 2, 0.05, meta_loss=stream)
 
@@ -192,8 +208,8 @@ def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
     begun, _ = drive(first, one, 3)
     other, second_stream, second_optimizer, second = start()
     other.load_state_dict(one.state_dict())
-    second_optimizer.load_state_dict(first_optimizer.state_dict())
-    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(through_a_file(first_optimizer.state_dict()))
+    second.load_state_dict(through_a_file(first.state_dict()))
     second_stream.load_state_dict(first_stream.state_dict())
 
     class Later(Points):
@@ -210,12 +226,17 @@ def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
         rest.append(second.get_last_lr()[0])
         second_optimizer.step()
     assert begun + rest == whole
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("name", "kind", "package", "make"), [
     ("schedule-free", "sgd", "schedulefree", lambda m, p: m.SGDScheduleFree(p, lr=0.05, momentum=0.9)),
     ("schedule-free", "adamw", "schedulefree", lambda m, p: m.AdamWScheduleFree(p, lr=0.05)),
+    ("schedule-free-radam", "adamw", "schedulefree", lambda m, p: m.RAdamScheduleFree(p, lr=0.05)),
     ("prodigy", "adamw", "prodigyopt", lambda m, p: m.Prodigy(p, lr=0.05)),
+    ("dadaptation", "sgd", "dadaptation", lambda m, p: m.DAdaptSGD(p, lr=0.05)),
+    ("dadaptation", "adam", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05)),
+    ("dadaptation", "adamw", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05, decouple=True)),
 ])
 def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, make):
     module = pytest.importorskip(package, reason=f"needs the package {package}")
@@ -235,7 +256,7 @@ def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, 
 
 @pytest.mark.parametrize(("name", "kind", "momentum"), [
     ("rtho", "adam", 0.0), ("l4mom", "sgd", 0.9), ("l4adam", "adam", 0.0), ("schedule-free", "adam", 0.0),
-    ("prodigy", "sgd", 0.0),
+    ("prodigy", "sgd", 0.0), ("schedule-free-radam", "sgd", 0.0), ("schedule-free-radam", "adam", 0.0),
 ])
 def test_a_rival_on_an_optimizer_that_it_cannot_drive_is_refused(name, kind, momentum):
     network = small_network()
@@ -243,12 +264,26 @@ def test_a_rival_on_an_optimizer_that_it_cannot_drive_is_refused(name, kind, mom
         build_baseline(name, kind, network, Points(), 2, momentum=momentum, meta_loss=MetaStream(Points(), network))
 
 
-def test_a_package_that_is_not_there_is_named(monkeypatch):
-    import sys
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_dadaptation_reports_the_rate_in_effect(kind, capsys):
+    pytest.importorskip("dadaptation", reason="needs the package dadaptation")
+    network = small_network()
+    optimizer, schedule = build_baseline("dadaptation", kind, network, Points(), 2, 1.0)
+    _, weights = drive(schedule, network, 2)
+    group = optimizer.param_groups[0]
+    rate = group["d"] / group["g0_norm"] if kind == "sgd" else group["d"]
+    assert schedule.get_last_lr() == [rate] and rate > 0
+    assert capsys.readouterr().out == ""  # the package would announce its options
 
-    monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    with pytest.raises(ValueError, match="pip install prodigyopt"):
-        build_baseline("prodigy", "adam", small_network(), Points(), 2)
+
+def test_l4_reads_the_mean_loss_over_the_ranks(monkeypatch):
+    def rates():
+        network = small_network()
+        return drive(L4(torch.optim.SGD(network.parameters(), lr=0.1), 2, 3), network, 1)[0]
+
+    alone = rates()
+    monkeypatch.setattr(baselines, "all_reduce_mean", lambda loss: 2 * loss)
+    assert rates() == pytest.approx([2 * alone[0]])
 
 
 def test_a_rate_that_is_no_number_does_not_pass_for_zero():

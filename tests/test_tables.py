@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cells import Cell, cells_of
+from cluster import build_executor
 from PIL import Image
 from race import CellRun, Race
 from report import by_problem, coloured, summarise
@@ -121,7 +122,7 @@ def test_a_table_says_what_its_runs_say(tmp_path):
         for seed in (0, 1)
     ]
     accuracies = {"fixed": [(50, 60), (70, 64)], "cosine": [(61, 70), (63, 66)]}
-    race = Race(cells, tmp_path, 1)
+    race = Race(cells, tmp_path)
     for cell in cells:
         folder = tmp_path / cell.name
         folder.mkdir()
@@ -151,7 +152,7 @@ def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_o
     def cells(run_length):
         return [Cell("line", method, 0, tuple({**smoke, "num-epoch": run_length}.items()), 1) for method in methods]
 
-    short, long = Race(cells("1"), tmp_path, 2), Race(cells("2"), tmp_path, 2)
+    short, long = Race(cells("1"), tmp_path), Race(cells("2"), tmp_path)
     for race in (short, long):
         for cell in race.cells:
             assert CellRun(cell.name, cell.command, tmp_path / cell.name, threads=1)() == ""
@@ -198,7 +199,7 @@ def test_a_table_says_what_its_data_and_network_are():
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--table", "horizon", "--set", "num-epoch=2"], "--set num-epoch: the lines of horizon differ in it"),
     (["--table", "networks", "--set", "network=resnet8"], "--set network: the lines of networks differ in it"),
-    (["--table", "own", "--set", "x"], "--set x: give FLAG=VALUE"),
+    (["--table", "own", "--set", "x"], "--set x: give NAME=VALUE"),
     (["--table", "own", "--set", "num-epoch=abc"], "--set num-epoch: 'abc' is not a number at least 1"),
     (["--table", "own", "--set", "num-epoch=3", "num-epoch=4"], "--set num-epoch: duplicate"),
     (["--table", "own", "--set", "seed=1"], "--set seed: use --seeds"),
@@ -211,12 +212,15 @@ def test_a_table_says_what_its_data_and_network_are():
     (["--table", "own", "--set", "help="], "prints help"),
     (["--table", "own", "--target", "nan"], "--target: nan: must be at least 0"),
     (["--table", "own", "--only", "nothing"], "invalid choice: 'nothing'"),
+    (["--table", "own", "--slurm-option", "partition=x"], "--slurm-option belongs to --slurm"),
+    (["--table", "own", "--slurm", "--jobs", "2"], "--jobs is for one machine"),
+    (["--table", "own", "--slurm", "--slurm-option", "x"], "--slurm-option x: give NAME=VALUE"),
     (["--table", "own", "--out", ""], "--out: give a folder"),
     (["--table", "own", "--out", "x" * 300], "File name too long"),
     (["--table", "own", "--out", str(SCRIPT)], "Not a directory"),
 ])
 def test_bad_arguments_are_one_line_and_status_2_before_anything_runs(tables, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(Race, "run", lambda race: pytest.fail("a run was started"))
+    monkeypatch.setattr(Race, "_follow", lambda *_: pytest.fail("a run was started"))
     with pytest.raises(SystemExit) as exit:
         tables.main(arguments)
     *usage, line = capsys.readouterr().err.splitlines()
@@ -302,3 +306,58 @@ def test_a_table_restarted_after_kill_9_waits_for_the_cell_that_still_runs(tmp_p
     assert json.loads((run / "status.json").read_text())["status"] == "done"
     assert [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()] == ["epoch", "1", "2"]
     assert (run / "args.json").stat().st_mtime_ns == begun
+
+
+def test_slurm_without_submitit_is_one_line(tables, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(SystemExit) as exit:
+        tables.main(["--table", "epochs", "--preset", "smoke", "--slurm", "--out", str(tmp_path)])
+    assert exit.value.code == 2 and "pip install submitit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"cluster": "moon"}, "cluster=moon: choose slurm, or local"),
+    ({"cluster": "local", "partitoin": "x"}, "partitoin"),
+    ({"cluster": "local", "cpus_per_task": "x"}, "cpus_per_task"),
+])
+def test_bad_slurm_options_are_one_line(tmp_path, options, message):
+    pytest.importorskip("submitit")
+    with pytest.raises(ValueError, match=message):
+        build_executor(tmp_path, options)
+
+
+def test_slurm_options_reach_the_batch_script(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    for name, text in (("srun", ""), ("sbatch", "echo Submitted batch job 7")):  # stand in for a cluster's commands
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "")
+    executor = build_executor(tmp_path / "jobs", {"partition": "short", "gpus_per_node": "1", "timeout_min": "30"})
+    executor.submit(CellRun("name", ["script.py"], tmp_path / "run", threads=1))
+    (script,) = (tmp_path / "jobs").glob("*_submission.sh")
+    lines = script.read_text().splitlines()
+    for line in ("--partition=short", "--gpus-per-node=1", "--time=30", "--signal=USR2@90"):
+        assert f"#SBATCH {line}" in lines
+
+
+def test_a_job_near_its_time_limit_stops_at_a_checkpoint_and_a_new_one_resumes(tmp_path):
+    pytest.importorskip("submitit")
+    arguments = ["--table", "cifar10-resnet", "--preset", "smoke", "--seeds", "1", "--only", "fixed"]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, "--set", "num-epoch=8", "--out", str(tmp_path), "--slurm",
+         "--slurm-option", "cluster=local"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    runs = tmp_path / "cifar10-resnet-smoke" / "runs"
+    wait_for(lambda: list(runs.glob("*/metrics.csv")))
+    (run,) = runs.iterdir()
+    trainer = int((run / ".lock").read_text().split()[0])
+    job = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{trainer}/status").read_text())[1])
+    os.kill(job, signal.SIGUSR2)  # as Slurm does near the time limit
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    epochs = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert epochs == [str(epoch) for epoch in range(1, 9)]
+    (log,) = (tmp_path / "cifar10-resnet-smoke" / "jobs").glob("*_log.out")
+    assert "Requeued" in log.read_text()
