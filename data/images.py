@@ -155,7 +155,7 @@ class ImageTask:
             split.add_to_digest(digest)
         for indices in (self.train_indices, self.meta_indices, self.test_indices):
             digest.update(str(len(indices)).encode())
-            digest.update(indices.numpy().tobytes())
+            digest.update(indices.numpy().data)
         return digest.hexdigest()[:16]
 
     def train_batches(self, start: int) -> Iterator[Batch]:
