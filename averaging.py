@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from distributed import average_buffers
@@ -20,7 +21,7 @@ def auto_decay(steps_per_epoch: int) -> float:
 
 @contextlib.contextmanager
 def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
-    """BatchNorm statistics measured anew on up to 50 training batches; on leaving, the network's own are back."""
+    """BatchNorm statistics measured anew on up to 50 training batches; restores the network's own on exit."""
     with preserved(network.buffers()):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             batches = itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch))
@@ -31,6 +32,18 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def evaluating(optimizer: Optimizer, network: nn.Module, task: Any) -> Iterator[None]:
+    """The network as it is meant to be evaluated: schedule-free methods at their average, its BatchNorm recomputed."""
+    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+        yield
+        return
+    optimizer.eval()
+    with fresh_statistics(network, task):
+        yield
+    optimizer.train()
+
+
 class Average:
     """w̄_t = β·w̄_{t−1} + (1 − β)·w_t, from w̄_0 = w_0. One copy of the weights.
 
@@ -38,7 +51,7 @@ class Average:
 
     As the meta point of a MetaMLRSNetLR it stands for the lookahead point: the meta gradient is taken at
     w̄_{t+1} = β·w̄_t + (1 − β)·(w_t − lr·d_t), whose derivative in lr is −(1 − β)·d_t. Noise averages out of w̄, so only
-    what lasts counts. hypergradient leaves out the factor 1 − β, to which Adam is blind.
+    what lasts counts. hypergradient leaves out the factor 1 − β, since Adam is invariant to it.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -59,14 +72,14 @@ class Average:
 
     @contextlib.contextmanager
     def __call__(self, network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[dict[Tensor, Tensor]]:
-        """Inside, the network is at w̄_{t+1}; yields w_t by parameter. On leaving, it is as before, to the bit."""
+        """The network at w̄_{t+1} inside the block; yields w_t by parameter. Restores it bit for bit on exit."""
         with lookahead(network, update, lr) as weights:
             self._mix_in(self.decay)
             yield weights
 
     @contextlib.contextmanager
     def swapped_in(self, task: Any) -> Iterator[nn.Module]:
-        """The network at w̄_t, ready to be evaluated; on leaving, it is as before, to the bit."""
+        """The network at w̄_t inside the block, ready to be evaluated. Restores it bit for bit on exit."""
         with preserved(self.network.parameters()):
             self._mix_in(1.0)
             with fresh_statistics(self.network, task):

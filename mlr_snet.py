@@ -202,6 +202,12 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
             group["lr"] = float(lr) * ratio
 
 
+def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
+    """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
 @contextmanager
 def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
     """Restores the tensors bit for bit on exit; yields their copies by tensor."""
@@ -628,8 +634,7 @@ class MLRSNetLR:
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Copies of the parameter groups' rates, as last set; for a rate kept in a tensor, 0-d tensors."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        return copied_rates(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, beside the optimizer's own state_dict."""

@@ -1,34 +1,28 @@
-"""Rates of an optimizer, device and precision, run folders, checkpoints, and the pieces that both scripts share."""
+"""Device and precision, the optimizer, number types of the command line, files, and the provenance of a run."""
 
 import argparse
 import contextlib
-import csv
+import hashlib
 import io
-import json
 import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from distributed import all_gather, gather_hidden, init_distributed, is_lost_rank, rank, shard_hidden, world_size
-from mlr_snet import SHIPPED
+from distributed import all_gather, rank, world_size
 
 ROOT = Path(__file__).resolve().parent
-FETCH_EVERY = 50  # steps between the moments in which an accelerator's figures come to the host
-NO_TOTALS = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}  # of an epoch that begins
-COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart
+COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart; in cost.json
+
 
 def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """sgd, adam or adamw; momentum is SGD's. On CUDA it is fused, so that the rate can stay on the device."""
@@ -42,23 +36,29 @@ def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weig
 # ---------------------------------------------------------------------------------------------- device and precision
 
 
-def pick_device(name: str, deterministic: bool = False) -> torch.device:
-    """auto (CUDA where there is one, else the CPU) or a device that torch names; under torchrun, this rank's.
+def pick_device(name: str) -> torch.device:
+    """auto (CUDA where there is one, else the CPU) or a device that torch names.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch that was built without it
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: not to be had here ({reason}); use --device cpu or auto") from None
+        raise ValueError(f"--device {name}: not available ({reason}); use --device cpu or auto") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: holds shapes without numbers; use --device cpu or auto")
+    return device
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """For this process: only deterministic algorithms, or else the fastest convolutions that cuDNN can find."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS sums in any order
         torch.use_deterministic_algorithms(True)
-    return init_distributed(torch.device(name))
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
@@ -73,14 +73,16 @@ def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite number of `kind` in [low, high], or (low, high] with `above`."""
+    limits = f"{'above' if above else 'at least'} {low:g}"
+    if high < math.inf:
+        limits += f", at most {high}"
 
     def parse(text: str) -> Any:
-        limits = f"{'above' if above else 'at least'} {low:g}" + (f", at most {high:g}" if high < math.inf else "")
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}") from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+        if value < low or value > high or (above and value == low) or not math.isfinite(float(value)):
             raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return value
 
@@ -92,20 +94,38 @@ def number_or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == "auto" else parse(text)
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON keeps it."""
-    if isinstance(value, Path):
-        return str(value.absolute())
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error on rank 0 alone."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        if _is_first_rank():
+            super().error(message)
+        sys.exit(2)
+
+
+def _is_first_rank() -> bool:
+    """Whether this is rank 0, also before the ranks have connected."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2."""
+    """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2.
+
+    With several ranks, an error of one of them ends all, and is printed once. No collective may run inside.
+    """
+    mine = ""
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        mine = str(error)
+    errors = [error for error in all_gather(mine) if error]
+    if errors:
+        if _is_first_rank():
+            print(f"{Path(sys.argv[0]).name}: error: {errors[0]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -131,21 +151,6 @@ def save(path: Path, content: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def net_files(nets: list[str | Path]) -> str | list[Path]:
-    """What load_schedules takes: a shipped name, files, or of one meta-train run its snapshots at 1/200, 1/2 and 1."""
-    if len(nets) == 1 and str(nets[0]) in SHIPPED:
-        return str(nets[0])
-    paths = [Path(net) for net in nets]
-    if len(paths) > 1 or not paths[0].is_dir():
-        return paths
-    try:
-        num_epochs = json.loads((paths[0] / "args.json").read_text())["arguments"]["num_epoch"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{paths[0]}: no meta-train run (no readable args.json)") from None
-    epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
-    return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]
-
-
 def read_text(path: str | Path) -> str:
     """The file's text, or nothing where there is none."""
     try:
@@ -154,8 +159,80 @@ def read_text(path: str | Path) -> str:
         return ""
 
 
+def checksum(*values: Any) -> str:
+    """SHA-256 of tensors, numbers and strings, and of dicts and sequences of them, as hex digits."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, (Mapping, list, tuple)):
+            digest.update(f"{len(value)} items ".encode())
+            for item in value.items() if isinstance(value, Mapping) else value:
+                add(item)
+        else:
+            digest.update(f"{value!r} ".encode())
+
+    add(values)
+    return digest.hexdigest()
+
+
+class FolderLock:
+    """Keeps a folder to one process. The operating system releases the lock with the process, even by kill -9.
+
+    The file `.lock` stays in the folder: what counts is the lock on it, not that it exists.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file: Any = None
+
+    def acquire(self) -> None:
+        """Lock the folder, and create it where it is missing. ValueError that names the process that holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        file = open(self.folder / ".lock", "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid, _, command = file.read().strip().partition(" ")
+            file.close()
+            raise ValueError(
+                f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} {' '.join(sys.argv)}\n")
+        file.flush()
+        self.file = file
+
+    def release(self) -> None:
+        """Free the folder, where it is locked."""
+        if self.file:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # to close it is not enough: a forked worker has it open, too
+            self.file.close()
+            self.file = None
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
+
+
+# ---------------------------------------------------------------------------------------------- provenance
+
+
 def peak_memory_mib() -> float:
-    """The most memory that this process has held: on the GPU where it uses one, else resident; 0 if none can tell."""
+    """The most memory that this process has held: on the GPU where it uses one, else resident; 0 where unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -163,6 +240,13 @@ def peak_memory_mib() -> float:
     except ImportError:  # Windows
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON keeps it."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
@@ -182,225 +266,3 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
                      "ranks": world_size()},
     }
-
-
-# ---------------------------------------------------------------------------------------------- a run
-
-
-class Log:
-    """What a run shows as it goes: a bar, a line an epoch, TensorBoard events. Only rank 0's does."""
-
-    def __init__(self, folder: Path, num_steps: int, done: int):
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1) if rank() == 0 else None
-        self.bar = tqdm(total=num_steps, initial=done, disable=True if rank() else None, leave=False)
-
-    def step(self, number: int, loss: float, accuracy: float, lr: float) -> None:
-        if self.writer:
-            self.writer.add_scalar("step/loss", loss, number)
-            self.writer.add_scalar("step/lr", lr, number)
-            self.bar.update()
-            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
-
-    def epoch(self, row: dict[str, float]) -> None:
-        if self.writer:
-            for name, value in row.items():
-                self.writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
-            self.bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.writer:
-            self.writer.close()
-
-
-class Run:
-    """Follows the steps of a loop: bars, logs and metrics, a checkpoint an epoch, a clean stop on a signal.
-
-    parts are the things with a state_dict. With args.resume they are brought back from the folder's checkpoint, and
-    `step` and `hidden` say where the loop has to continue. Raises ValueError for a checkpoint of something else.
-    """
-
-    def __init__(self, args: argparse.Namespace, parts: dict[str, Any], steps_per_epoch: int):
-        self.args, self.parts, self.steps_per_epoch = args, parts, steps_per_epoch
-        self.step = 0
-        self.hidden: Any = None
-        self.rows: list[dict[str, float]] = []
-        self.totals = dict(NO_TOTALS)
-        self.stop_signal = 0
-        self.last_lr = 0.0
-        on_cpu = next(parts["network"].parameters()).device.type == "cpu"
-        self.fetch_every = 1 if on_cpu else FETCH_EVERY
-        self.cost: dict[str, float] = {"steps_per_epoch": steps_per_epoch, **dict.fromkeys(COSTS, 0)}
-        self.counting = True
-        self.checkpoint = args.out / "checkpoint.pth"
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            write_atomically(args.out / "args.json", json.dumps(provenance(args), indent=1).encode())
-        elif self.checkpoint.exists():
-            self._load()
-        if not args.compile:  # a compiled network would be compiled again for every count
-            parts["network"].register_forward_hook(lambda *_: self._count("forward_passes"))
-            next(parts["network"].parameters()).register_hook(lambda _: self._count("backward_passes"))
-
-    def follow(
-        self,
-        steps: Iterator[Any],
-        metrics: Callable[[float, float], dict[str, float]],
-        at_epoch: Callable[[int], None] = lambda epoch: None,
-    ) -> int:
-        """Take every step; return the exit status: 0, 1 where it diverged, 128 + the signal that stopped it.
-
-        metrics maps the epoch's mean training loss and accuracy to a row's columns; at_epoch is called with the
-        number of the epoch that has ended, before its checkpoint.
-        """
-        if self.step == self.args.num_epoch * self.steps_per_epoch:
-            self._say(f"{self.args.out}: the run is complete")
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.log = Log(self.args.out, self.args.num_epoch * self.steps_per_epoch, self.step)
-        self.clock = time.perf_counter()
-        taken: list[Any] = []  # steps whose figures are still on the device
-        try:
-            for step in steps:
-                self.step, self.hidden = step.number, step.hidden
-                taken.append(step)
-                if len(taken) < self.fetch_every and step.number % self.steps_per_epoch:
-                    continue
-                self._fetch(taken)
-                taken.clear()
-                if step.number % self.steps_per_epoch == 0:
-                    row = self._end_epoch(step.number // self.steps_per_epoch, metrics)
-                    self.log.epoch(row)
-                    at_epoch(int(row["epoch"]))
-                    self._write_metrics()
-                    self.save()
-                if stop_signal := max(all_gather(self.stop_signal)):
-                    self._lap()
-                    self.save()
-                    self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
-                    return 128 + stop_signal
-        except FloatingPointError as error:
-            self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
-            return 1
-        except RuntimeError as error:
-            if not is_lost_rank(error):
-                raise
-            print(f"another rank has ended; {self._last_checkpoint()}; continue with --resume", file=sys.stderr)
-            return 1
-        finally:
-            self.log.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        self._write_metrics()
-        self._draw()
-        return 0
-
-    def save(self) -> None:
-        """Write the checkpoint: all that continuing needs, to the bit."""
-        state = {name: getattr(self, name) for name in ("step", "rows", "totals", "cost")}
-        state["hidden"] = gather_hidden(self.hidden)
-        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = all_gather(
-            (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
-        )
-        save(self.checkpoint, state)
-
-    def _load(self) -> None:
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
-            raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
-        for name in ("step", "rows", "totals", "cost"):
-            setattr(self, name, state[name])
-        self.hidden = shard_hidden(state["hidden"])
-        if rank() < len(state["rng"]):
-            rng, cuda_rng = state["rng"][rank()]
-            torch.set_rng_state(rng)
-            if cuda_rng is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(cuda_rng)
-
-    def _fetch(self, steps: list[Any]) -> None:
-        """Bring the figures of the steps to the host and log them. FloatingPointError at the first not finite."""
-        for step in steps:
-            loss, accuracy, lr = float(step.loss), float(step.accuracy), float(step.lr)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step.number}, after LR {self.last_lr}")
-            if not math.isfinite(lr):
-                raise FloatingPointError(f"the LR is {lr} at step {step.number}, at loss {loss}")
-            self.last_lr = lr
-            for name, value in (("loss", loss), ("accuracy", accuracy), ("lr", lr)):
-                self.totals[name] += value * step.size
-            self.totals["size"] += step.size
-            self.log.step(step.number, loss, accuracy, lr)
-
-    def _last_checkpoint(self) -> str:
-        last = f"the checkpoint of step {self.rows[-1]['epoch'] * self.steps_per_epoch}" if self.rows else "none"
-        return f"last good checkpoint: {last}"
-
-    def _say(self, text: str, file: Any = None) -> None:
-        if rank() == 0:
-            tqdm.write(text, file=file)
-
-    def _count(self, what: str) -> None:
-        self.cost[what] += self.counting
-
-    def _lap(self) -> None:
-        now = time.perf_counter()
-        self.totals["seconds"] += now - self.clock
-        self.clock = now
-
-    def _end_epoch(self, epoch: int, metrics: Callable[[float, float], dict[str, float]]) -> dict[str, float]:
-        """The epoch's row of metrics.csv; the totals begin anew."""
-        loss, accuracy, lr = (self.totals[name] / self.totals["size"] for name in ("loss", "accuracy", "lr"))
-        self.counting = False  # evaluation is no cost of a schedule
-        row = {"epoch": epoch, "lr": lr, **metrics(loss, accuracy)}
-        self.counting = True
-        self.cost["peak_memory_mib"] = max(self.cost["peak_memory_mib"], peak_memory_mib())
-        self._lap()
-        row["seconds"] = round(self.totals["seconds"], 3)
-        self.rows.append(row)
-        self.totals = dict(NO_TOTALS)
-        return row
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-
-    def _write_metrics(self) -> None:
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(self.rows[0]))
-        table.writeheader()
-        table.writerows(self.rows)
-        write_atomically(self.args.out / "metrics.csv", text.getvalue().encode())
-        write_atomically(self.args.out / "cost.json", json.dumps(self.cost, indent=1).encode())
-
-    def _draw(self) -> None:
-        """run.png: training and test loss, accuracy or perplexity, the averaged weights' too, and LR against epochs."""
-        if rank():
-            return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        epochs = [row["epoch"] for row in self.rows]
-        figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-        metric = ("acc", "accuracy (%)") if "test_acc" in self.rows[0] else ("ppl", "perplexity")
-        columns = (("loss", "loss (nats)"), metric)
-        for panel, (column, label) in zip(panels, columns, strict=False):
-            curves = {f"train_{column}": ("-", "train"), f"test_{column}": ("--", "test"),
-                      f"test_{column}_average": ("k-", "test, averaged weights")}
-            for name, (style, title) in curves.items():
-                if name in self.rows[0]:
-                    panel.plot(epochs, [row[name] for row in self.rows], style, label=title)
-            panel.set(xlabel="epoch", ylabel=label)
-            panel.legend(fontsize="small")
-        panels[2].plot(epochs, [row["lr"] for row in self.rows], "k-")
-        panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
-        panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # a rate that stands still stays off the frame
-        for panel in panels:
-            panel.xaxis.get_major_locator().set_params(integer=True)
-        figure.suptitle(self.args.out.name)
-        figure.savefig(self.args.out / "run.png", dpi=120)
-        pyplot.close(figure)

@@ -7,17 +7,17 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline, evaluating  # noqa: E402
+from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
-from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import build_optimizer, net_files, number, user_errors  # noqa: E402
+from trainer import Trainer, add_run_arguments, build, build_average, net_files, parse_run_arguments  # noqa: E402
+from utils import Parser, build_optimizer, number, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="shufflenetv2", help="(default: shufflenetv2)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
@@ -57,10 +57,8 @@ def main(argv: list[str] | None = None) -> int:
                 args.beta, meta_stream,
             )
         average = build_average(args, network, task.steps_per_epoch)
-    return carry_out(
-        args, task, network, optimizer, schedule, average, meta_stream,
-        evaluating=lambda: evaluating(optimizer, network, task)
-    )
+        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average)
+    return trainer.run()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data import DATASETS  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
-from experiment import add_run_arguments, build, build_average, carry_out, parse_run_arguments  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
 from models import NETWORKS  # noqa: E402
-from utils import build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
+from trainer import Trainer, add_run_arguments, build, build_average, parse_run_arguments  # noqa: E402
+from utils import Parser, build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="resnet", help="(default: resnet, which is ResNet-18)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
@@ -47,10 +47,11 @@ def main(argv: list[str] | None = None) -> int:
             gamma=args.gamma, meta_point=point,
         )
 
-    def save_net(epoch: int) -> None:
-        save(args.out / f"mlr_snet_{epoch}.pth", {name: value.cpu() for name, value in net.state_dict().items()})
+        def save_net(epoch: int) -> None:
+            save(args.out / f"mlr_snet_{epoch}.pth", {name: value.cpu() for name, value in net.state_dict().items()})
 
-    return carry_out(args, task, network, optimizer, schedule, average, meta_stream, at_epoch=save_net)
+        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, after_epoch=save_net)
+    return trainer.run()
 
 
 if __name__ == "__main__":

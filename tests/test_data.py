@@ -1,7 +1,9 @@
 """The image task: its splits, its stateless streams, and the class-folder layout."""
 
 import itertools
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import scipy.io
 import torch
 import torchvision
 from PIL import Image
-from test_scripts import META_TRAIN, call, results
+from test_scripts import META_TEST, META_TRAIN, call, results
 
 import data.streamed
 from data import build_task
+from data.files import read_image
 from data.streamed import tinyimagenet
 
 
@@ -21,7 +24,7 @@ def digits_task(**options):
     return build_task("digits", Path(), **{"seed": 3, "batch_size": 64, "device": torch.device("cpu"), **options})
 
 
-def test_the_meta_set_is_balanced_and_apart_from_the_training_set():
+def test_the_meta_set_is_balanced_and_disjoint_from_the_training_set():
     task = digits_task(num_meta=100, limit_train=500)
     assert not set(task.meta_indices.tolist()) & set(task.train_indices.tolist())
     assert task.train.labels[task.meta_indices].bincount().tolist() == [10] * 10
@@ -29,7 +32,7 @@ def test_the_meta_set_is_balanced_and_apart_from_the_training_set():
 
 
 @pytest.mark.parametrize("start", [1, 7, 8, 20])
-def test_a_stream_begun_at_any_step_gives_the_same_batches(start):
+def test_a_stream_started_at_any_step_gives_the_same_batches(start):
     task = digits_task(limit_train=500)
     task.train.augment = True
     whole = task.train_batches(0)
@@ -40,7 +43,7 @@ def test_a_stream_begun_at_any_step_gives_the_same_batches(start):
 
 
 @pytest.mark.parametrize("options", [{"num_meta": 1437}, {"limit_train": 2000}, {"limit_test": 361}, {"batch_size": 0}])
-def test_sizes_that_the_data_cannot_give_are_refused(options):
+def test_sizes_that_the_data_do_not_allow_are_refused(options):
     with pytest.raises(ValueError, match="[0-9]"):
         digits_task(**options)
 
@@ -60,7 +63,18 @@ def test_class_folders_are_read_and_resized(tmp_path, splits):
     assert len(task.test_indices) == (20 if len(splits) == 2 else 4)
 
 
-def test_data_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
+def test_the_fingerprint_is_the_same_for_the_same_data_and_differs_for_any_other():
+    reference = digits_task(num_meta=100).fingerprint()
+    assert reference == digits_task(num_meta=100, batch_size=32).fingerprint()
+    assert len({reference, *(digits_task(**options).fingerprint() for options in
+                             ({}, {"num_meta": 100, "seed": 4}, {"num_meta": 100, "limit_test": 50},
+                              {"num_meta": 100, "image_size": 16}))}) == 5
+    task = digits_task(num_meta=100)
+    task.train.images[5, 0, 3, 3] += 1
+    assert task.fingerprint() != reference
+
+
+def test_data_that_are_not_available_are_one_clear_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("no network\nmore")
 
@@ -74,6 +88,128 @@ def test_data_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
 def write_image(path, size, rng):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def rgba(alpha):
+    return Image.fromarray(np.dstack([RAMP, RAMP, RAMP, alpha]), "RGBA")
+
+
+@pytest.mark.parametrize(("image", "file", "expected"), [
+    (Image.fromarray(RAMP.astype(np.uint16) * 257), "deep.png", RAMP),
+    (Image.fromarray(RAMP.astype(np.uint16) * 257), "deep.tif", RAMP),
+    (Image.fromarray(RAMP), "gray.png", RAMP),
+    (Image.fromarray(RAMP > 127), "bits.png", np.where(RAMP > 127, 255, 0)),
+    (Image.fromarray(RAMP).convert("P"), "palette.png", RAMP),
+    (Image.fromarray(255 - np.dstack([RAMP, RAMP, RAMP, np.full_like(RAMP, 255)]), "CMYK"), "print.tif", RAMP),
+    (rgba(np.full_like(RAMP, 255)), "opaque.png", RAMP),
+    (rgba(np.zeros_like(RAMP)), "transparent.png", np.full_like(RAMP, 255)),
+    (rgba(np.zeros_like(RAMP)).convert("LA"), "transparent_gray.png", np.full_like(RAMP, 255)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_images_of_every_mode_are_read_as_rgb_of_8_bits(tmp_path, image, file, expected):
+    image.save(tmp_path / file)
+    read = read_image(str(tmp_path / file))
+    assert read.mode == "RGB"
+    for channel in np.array(read).transpose(2, 0, 1):
+        assert np.array_equal(channel, expected)
+
+
+def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path):
+    Image.fromarray(RAMP).convert("P").save(tmp_path / "palette.png", transparency=7)
+    assert np.array(read_image(str(tmp_path / "palette.png")))[0, 6:9, 0].tolist() == [6, 255, 8]
+
+
+def spoil_truncate(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def spoil_oversize(path):
+    Image.new("1", (15_000, 15_000)).save(path)
+
+
+def spoil_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def spoil_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def spoil_text(path):
+    path.write_text("no image")
+
+
+def spoil_float(path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(path, format="TIFF")
+
+
+BAD_FILES = [(spoil_truncate, "truncated"), (spoil_oversize, "exceeds limit"), (spoil_fifo, "not a regular file"),
+             (spoil_device, "not a regular file"), (spoil_text, "cannot identify"), (spoil_float, "32-bit pixels")]
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        for index in range(10):
+            write_image(tmp_path / "train" / name / f"{index}.png", 20, rng)
+    return tmp_path
+
+
+def folder_task(root, **options):
+    return build_task("folder", root, **{"seed": 0, "batch_size": 4, "device": torch.device("cpu"), **options})
+
+
+@pytest.mark.parametrize(("spoil", "cause"), BAD_FILES, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bad_image_is_named_with_its_cause_or_skipped_and_reported(class_folder, capsys, spoil, cause):
+    bad = class_folder / "train" / "dog" / "3.png"
+    spoil(bad)
+    with pytest.raises(ValueError, match=cause) as error:
+        folder_task(class_folder)
+    assert str(error.value).startswith(str(bad)) and "--skip-bad-images" in str(error.value)
+    assert "\n" not in str(error.value)
+    task = folder_task(class_folder, skip_bad_images=True)
+    assert len(task.train_indices) + len(task.test_indices) == 19
+    report = capsys.readouterr().err
+    assert cause in report and str(bad) in report and "skipped 1 of 20" in report
+
+
+def test_a_folder_without_a_readable_image_is_refused(class_folder):
+    for path in class_folder.rglob("*.png"):
+        path.write_text("")
+    with pytest.raises(ValueError, match="none of its 20 images"):
+        folder_task(class_folder, skip_bad_images=True)
+
+
+def test_bad_images_cannot_be_skipped_where_there_are_no_image_files():
+    with pytest.raises(ValueError, match="--skip-bad-images is for folder"):
+        digits_task(skip_bad_images=True)
+
+
+@pytest.mark.parametrize(("name", "size"), [("folder", 10_000_000), ("digits", 1_000_000)])
+def test_sizes_that_do_not_fit_in_memory_are_refused_before_any_work(class_folder, name, size):
+    with pytest.raises(ValueError, match="GiB of memory"):
+        build_task(name, class_folder, image_size=size, seed=0, batch_size=4, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [
+    (1, [1]), (2, [2]), (5, [5]), (7, [4, 3]), (8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]),
+])
+def test_a_batch_of_one_image_is_never_made_unless_the_data_hold_one(limit, sizes):
+    task = digits_task(limit_train=limit, batch_size=4)
+    assert task.steps_per_epoch == len(sizes)
+    batches = list(itertools.islice(task.train_batches(0), 2 * len(sizes)))
+    assert [batch.size for batch in batches] == [len(batch.inputs) for batch in batches] == 2 * sizes
+
+
+def test_a_batch_size_of_one_is_kept():
+    task = digits_task(limit_train=3, batch_size=1)
+    assert task.steps_per_epoch == 3
+    assert [batch.size for batch in itertools.islice(task.train_batches(0), 4)] == [1] * 4
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +249,43 @@ def test_a_streamed_data_set_gives_the_same_batches_from_any_step_and_with_any_n
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_fingerprint_of_a_streamed_data_set_depends_on_its_files_and_not_on_their_place(streamed_roots, tmp_path):
+    def fingerprint(root):
+        return build_task("imagenet", root, image_size=16, seed=1, batch_size=4, num_meta=4, workers=0,
+                          device=torch.device("cpu")).fingerprint()
+
+    moved = shutil.copytree(streamed_roots["imagenet"], tmp_path / "moved")
+    reference = fingerprint(streamed_roots["imagenet"])
+    assert fingerprint(moved) == reference
+    with open(next(moved.rglob("*.JPEG")), "ab") as file:
+        file.write(b"\0")
+    assert fingerprint(moved) != reference
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_that_turns_up_during_training_is_one_line_and_status_2(streamed_roots, tmp_path, capsys, workers):
+    root = shutil.copytree(streamed_roots["imagenet"], tmp_path / "data")
+    bad = root / "train" / "n01440764" / "3.JPEG"
+    bad.write_bytes(bad.read_bytes()[:500])
+    arguments = ["--network", "resnet8", "--dataset", "imagenet", "--data-root", root, "--image-size", "16",
+                 "--batch-size", "5", "--num-epoch", "1", "--workers", workers, "--device", "cpu"]
+    done = call(capsys, META_TEST, *arguments, "--out", tmp_path / "stops")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{bad}: cannot be read" in done.stderr.splitlines()[-1]
+    done = call(capsys, META_TEST, *arguments, "--skip-bad-images", "--out", tmp_path / "skips")
+    assert done.returncode == 0 and "skipped 1 of 18" in done.stderr
+
+
 def test_the_annotations_of_tinyimagenet_name_the_classes_of_its_test_images(streamed_roots):
     read = tinyimagenet(streamed_roots["tinyimagenet"], None, 0)
     assert [label for _, label in read.test] == [int(Path(file).stem[4:]) % 3 for file, _ in read.test]
     assert read.num_classes == 3 and len(read.test) == 12
 
 
-@pytest.mark.parametrize(("name", "network"), [("imagenet", "resnet50-imagenet"), ("tinyimagenet", "resnet8")])
-def test_an_epoch_on_a_streamed_data_set_runs_with_workers(streamed_roots, tmp_path, capsys, name, network):
-    done = call(capsys, META_TRAIN, "--network", network, "--dataset", name, "--data-root", streamed_roots[name],
-                "--image-size", "64", "--batch-size", "7", "--num-meta", "3", "--num-epoch", "1", "--t-val", "1",
+@pytest.mark.parametrize("name", ["imagenet", "tinyimagenet"])
+def test_an_epoch_on_a_streamed_data_set_runs_with_workers(streamed_roots, tmp_path, capsys, name):
+    done = call(capsys, META_TRAIN, "--network", "resnet8", "--dataset", name, "--data-root", streamed_roots[name],
+                "--image-size", "16", "--batch-size", "7", "--num-meta", "3", "--num-epoch", "1", "--t-val", "1",
                 "--workers", "2", "--device", "cpu", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert len(results(tmp_path / "run")[0]) == 2
@@ -130,10 +293,10 @@ def test_an_epoch_on_a_streamed_data_set_runs_with_workers(streamed_roots, tmp_p
 
 @pytest.mark.parametrize(("name", "spoil", "message"), [
     ("tinyimagenet", lambda root: (root / "tiny-imagenet-200").mkdir(), "expected class folders"),
-    ("tinyimagenet", lambda root: None, "not to be downloaded"),
+    ("tinyimagenet", lambda root: None, "could not be downloaded"),
     ("imagenet", lambda root: None, "train: expected class folders"),
 ])
-def test_a_streamed_data_set_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch, name, spoil, message):
+def test_a_streamed_data_set_that_is_missing_is_one_clear_line(tmp_path, monkeypatch, name, spoil, message):
     def refuse(*args, **kwargs):
         raise OSError("no network\nmore")
 

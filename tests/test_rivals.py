@@ -1,5 +1,6 @@
 """The schedules that follow gradients, against autograd through the unrolled steps and by hand."""
 
+import io
 import itertools
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from baselines import HD, L4, RTHO, L4Adam, build_baseline
+import baselines
+from baselines import HD, L4, RTHO, L4Adam, build_baseline, twice_differentiable
 from data.meta_stream import MetaStream
 
 STEPS = 6
@@ -99,6 +101,42 @@ def test_rtho_follows_the_derivative_of_the_validation_loss_through_all_steps(mo
         assert rates[last] == pytest.approx(max(0.0, rates[last - 1] - 1e-3 * slope), rel=1e-8)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0)
+
+    def forward(self, points):
+        return self.layer(points).sum(1, keepdim=True)
+
+
+def test_rtho_differentiates_attention_twice():
+    torch.manual_seed(0)
+    network = Attention().double()
+    stream = MetaStream(Points(), network)
+    _, schedule = build_baseline("rtho", "sgd", network, Points(), 2, 0.05, beta=1e-3, meta_loss=stream)
+    with twice_differentiable(network):
+        rates, _ = drive(schedule, network, 3)
+    assert len(set(rates)) > 1
+
+
+def test_building_rtho_leaves_cudnn_as_it_is():
+    network = nn.LSTM(3, 3)
+    build_baseline("rtho", "sgd", network, Points(), 2, 0.05, meta_loss=MetaStream(Points(), network))
+    assert torch.backends.cudnn.enabled
+    with twice_differentiable(network):
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled
+
+
+def test_the_state_of_another_schedule_is_refused():
+    network = small_network()
+    _, fixed = build_baseline("fixed", "sgd", network, Points(), 2)
+    _, hd = build_baseline("hd", "sgd", network, Points(), 2)
+    with pytest.raises(ValueError, match="not the state of a HD: missing or unknown last_directions, lr"):
+        hd.load_state_dict(fixed.state_dict())
+
+
 def test_rtho_works_beside_batch_norm_and_leaves_its_statistics_to_the_training_batches():
     def statistics(name):
         torch.manual_seed(0)
@@ -117,35 +155,50 @@ def test_l4_equals_its_update_equations(kind):
     network = small_network()
     rates, weights = drive(kind(torch.optim.SGD(network.parameters(), lr=0.1), 2, 3), network)
     point = [weight.clone() for weight in weights[0]]
-    first = second = [torch.zeros_like(weight) for weight in point]
-    lowest = None
+    exp_avg = exp_avg_sq = [torch.zeros_like(weight) for weight in point]
+    min_loss = None
     for number in range(STEPS):
         assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(point, weights[number], strict=True))
         point = [weight.detach().requires_grad_() for weight in point]
         loss = unrolled_loss(number, point)
         gradients = torch.autograd.grad(loss, point)
         value = loss.item()
-        lowest = 0.75 * value if lowest is None else min(lowest, value)
-        first = [0.9 * old + 0.1 * gradient for old, gradient in zip(first, gradients, strict=True)]
-        second = [0.999 * old + 0.001 * gradient**2 for old, gradient in zip(second, gradients, strict=True)]
-        mean = [old / (1 - 0.9 ** (number + 1)) for old in first]
-        roots = [(old / (1 - 0.999 ** (number + 1))).sqrt() + 1e-4 for old in second]
+        min_loss = 0.75 * value if min_loss is None else min(min_loss, value)
+        exp_avg = [0.9 * old + 0.1 * gradient for old, gradient in zip(exp_avg, gradients, strict=True)]
+        squares = [gradient**2 for gradient in gradients]
+        exp_avg_sq = [0.999 * old + 0.001 * square for old, square in zip(exp_avg_sq, squares, strict=True)]
+        mean = [old / (1 - 0.9 ** (number + 1)) for old in exp_avg]
+        roots = [(old / (1 - 0.999 ** (number + 1))).sqrt() + 1e-4 for old in exp_avg_sq]
         direction = [m / root for m, root in zip(mean, roots, strict=True)] if kind is L4Adam else mean
         product = sum((m * v).sum().item() for m, v in zip(mean, direction, strict=True))
-        lr = 0.15 * (value - 0.9 * lowest) / (product + 1e-12)
+        lr = 0.15 * (value - 0.9 * min_loss) / (product + 1e-12)
         assert rates[number] == pytest.approx(lr, rel=1e-9)
-        lowest *= 1.001
+        min_loss *= 1.001
         point = [weight.detach() - lr * v for weight, v in zip(point, direction, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["hd", "rtho", "l4mom", "l4adam", "schedule-free", "prodigy"])
-def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
-    for package in {"schedule-free": ["schedulefree"], "prodigy": ["prodigyopt"]}.get(name, []):
-        pytest.importorskip(package, reason=f"needs the package {package}")
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+PACKAGES = {"schedule-free": "schedulefree", "schedule-free-radam": "schedulefree", "prodigy": "prodigyopt",
+            "dadaptation": "dadaptation", "greedy": "transformers"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("hd", "sgd"), ("hd", "adamw"), ("rtho", "sgd"), ("l4mom", "sgd"), ("l4adam", "sgd"), ("plateau", "adamw"),
+    ("greedy", "adamw"), ("schedule-free", "sgd"), ("schedule-free", "adamw"), ("schedule-free-radam", "adamw"),
+    ("prodigy", "adam"), ("dadaptation", "sgd"), ("dadaptation", "adam"), ("dadaptation", "adamw"),
+])
+def test_a_rival_continues_from_its_state_as_if_never_stopped(name, kind):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason=f"needs the package {PACKAGES[name]}")
 
     def start():
         network = small_network()
-        kind = "adam" if name == "prodigy" else "sgd"
         stream = MetaStream(Points(), network)
         return network, stream, *build_baseline(name, kind, network, Points(), 2, 0.05, meta_loss=stream)
 
@@ -155,8 +208,8 @@ def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
     begun, _ = drive(first, one, 3)
     other, second_stream, second_optimizer, second = start()
     other.load_state_dict(one.state_dict())
-    second_optimizer.load_state_dict(first_optimizer.state_dict())
-    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(through_a_file(first_optimizer.state_dict()))
+    second.load_state_dict(through_a_file(first.state_dict()))
     second_stream.load_state_dict(first_stream.state_dict())
 
     class Later(Points):
@@ -173,12 +226,17 @@ def test_a_rival_continues_from_its_state_as_if_never_stopped(name):
         rest.append(second.get_last_lr()[0])
         second_optimizer.step()
     assert begun + rest == whole
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("name", "kind", "package", "make"), [
     ("schedule-free", "sgd", "schedulefree", lambda m, p: m.SGDScheduleFree(p, lr=0.05, momentum=0.9)),
     ("schedule-free", "adamw", "schedulefree", lambda m, p: m.AdamWScheduleFree(p, lr=0.05)),
+    ("schedule-free-radam", "adamw", "schedulefree", lambda m, p: m.RAdamScheduleFree(p, lr=0.05)),
     ("prodigy", "adamw", "prodigyopt", lambda m, p: m.Prodigy(p, lr=0.05)),
+    ("dadaptation", "sgd", "dadaptation", lambda m, p: m.DAdaptSGD(p, lr=0.05)),
+    ("dadaptation", "adam", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05)),
+    ("dadaptation", "adamw", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05, decouple=True)),
 ])
 def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, make):
     module = pytest.importorskip(package, reason=f"needs the package {package}")
@@ -198,19 +256,34 @@ def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, 
 
 @pytest.mark.parametrize(("name", "kind", "momentum"), [
     ("rtho", "adam", 0.0), ("l4mom", "sgd", 0.9), ("l4adam", "adam", 0.0), ("schedule-free", "adam", 0.0),
-    ("prodigy", "sgd", 0.0),
+    ("prodigy", "sgd", 0.0), ("schedule-free-radam", "sgd", 0.0), ("schedule-free-radam", "adam", 0.0),
 ])
 def test_a_rival_on_an_optimizer_that_it_cannot_drive_is_refused(name, kind, momentum):
+    network = small_network()
     with pytest.raises(ValueError, match="--optimizer"):
-        build_baseline(name, kind, small_network(), Points(), 2, momentum=momentum)
+        build_baseline(name, kind, network, Points(), 2, momentum=momentum, meta_loss=MetaStream(Points(), network))
 
 
-def test_a_package_that_is_not_there_is_named(monkeypatch):
-    import sys
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_dadaptation_reports_the_rate_in_effect(kind, capsys):
+    pytest.importorskip("dadaptation", reason="needs the package dadaptation")
+    network = small_network()
+    optimizer, schedule = build_baseline("dadaptation", kind, network, Points(), 2, 1.0)
+    _, weights = drive(schedule, network, 2)
+    group = optimizer.param_groups[0]
+    rate = group["d"] / group["g0_norm"] if kind == "sgd" else group["d"]
+    assert schedule.get_last_lr() == [rate] and rate > 0
+    assert capsys.readouterr().out == ""  # the package would announce its options
 
-    monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    with pytest.raises(ValueError, match="pip install prodigyopt"):
-        build_baseline("prodigy", "adam", small_network(), Points(), 2)
+
+def test_l4_reads_the_mean_loss_over_the_ranks(monkeypatch):
+    def rates():
+        network = small_network()
+        return drive(L4(torch.optim.SGD(network.parameters(), lr=0.1), 2, 3), network, 1)[0]
+
+    alone = rates()
+    monkeypatch.setattr(baselines, "all_reduce_mean", lambda loss: 2 * loss)
+    assert rates() == pytest.approx([2 * alone[0]])
 
 
 def test_a_rate_that_is_no_number_does_not_pass_for_zero():

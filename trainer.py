@@ -1,0 +1,594 @@
+"""A run of meta-train or meta-test: flags, task and network, training, metrics, log, checkpoint, picture."""
+
+import argparse
+import csv
+import io
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from averaging import Average, auto_decay, evaluating
+from baselines import twice_differentiable
+from data import STREAMED, TEXTS, build_task
+from data.files import ImageFileError
+from data.images import ImageTask
+from data.meta_stream import MetaStream
+from data.text import TextTask
+from distributed import all_gather, data_parallel, gather_hidden, init_distributed, is_lost_rank, rank, shard_hidden
+from mlr_snet import SHIPPED, Schedule, Step, train
+from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
+from utils import (
+    COSTS,
+    ROOT,
+    Parser,
+    autocast,
+    choose_algorithms,
+    number,
+    number_or_auto,
+    peak_memory_mib,
+    pick_device,
+    plain,
+    provenance,
+    save,
+    write_atomically,
+)
+
+FORMAT = 2  # of checkpoint.pth
+FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers come to the host
+
+# The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
+IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
+                  "skip_bad_images": False}
+IMAGENET_DEFAULTS = {"num_epoch": 90}
+TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
+                 "dropout": 0.5}
+
+# What build_task takes from the flags of one modality
+IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images")
+TEXT_OPTIONS = ("seq_len", "tokens")
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that meta-train and meta-test share."""
+    add = parser.add_argument
+    positive = number(int, 1)
+    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive,
+        help="epochs (default: 200; imagenet: 90; text: 150)")
+    add("--batch-size", "--batch_size", type=positive,
+        help="images or sequences per step, over all ranks (default: 128; text: 32)")
+    add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
+    add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
+    add("--wd", type=number(float, 0), help="weight decay of the network (default: 5e-4; text: 5e-6)")
+    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
+        help="LR scale, the largest rate MLR-SNet can give; for adam use a number near 1e-3 (default: auto)")
+    add("--data-root", type=Path, default=ROOT / "data" / "downloads", help="folder of the data, or for its download")
+    add("--limit-train", type=positive, metavar="N",
+        help="train on N class-balanced images, or on the first N tokens (default: all)")
+    add("--limit-test", type=positive, metavar="N",
+        help="test on N class-balanced images, or on the first N tokens (default: all)")
+    add("--out", type=Path, help="the run's folder (default: result/<network>_<dataset> beside the script)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, data order and meta set (default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda or another that torch names (default: auto: cuda or cpu)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
+    add("--average", action="store_true", help="also evaluate and save a running average of the weights")
+    add("--average-decay", type=number_or_auto(number(float, 0, 0.9999999)),
+        help="of the running average, per step (default: auto, which averages over about an epoch, 0.9 to 0.999)")
+    add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
+    add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--resume", action="store_true", help="continue the run in --out with its own arguments")
+    images = parser.add_argument_group("images")
+    images.add_argument("--num-meta", type=positive,
+                        help="training images held out to steer MLR-SNet or to validate (default: 1000; meta-test: 0)")
+    images.add_argument("--image-size", type=positive,
+                        help="resize to this many pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
+    images.add_argument("--workers", type=number(int, 0),
+                        help="processes that read tinyimagenet or imagenet (default: one per core, at most 8)")
+    images.add_argument("--skip-bad-images", action="store_true", default=None,
+                        help="leave out image files that cannot be read, and report them (default: stop at the first)")
+    text = parser.add_argument_group("text")
+    text.add_argument("--seq-len", "--seq_len", type=positive, help="tokens per sequence (default: 35)")
+    text.add_argument("--tokens", choices=["word", "char"], help="unit of the text (default: word)")
+    text.add_argument("--embed-size", "--embed_size", type=positive,
+                      help="width of the language model's embedding and hidden layers (default: 512)")
+    text.add_argument("--dropout", type=number(float, 0, 1), help="of the language model (default: 0.5)")
+
+
+def parse_run_arguments(
+    parser: Parser, script: Path, argv: list[str] | None, **defaults: Any
+) -> argparse.Namespace:
+    """Parse, settle --out and the defaults; on --resume take the run's own arguments and refuse others.
+
+    `defaults` are the script's own for flags of the images.
+    """
+    args = parser.parse_args(argv)
+    args.out = args.out or script.parent / "result" / f"{args.network}_{args.dataset}"
+    args.out = args.out.absolute()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; give a folder")
+    record = args.out / "args.json"
+    if not args.resume:
+        if record.exists():
+            parser.error(f"--out {args.out} holds another run; continue it with --resume or give another --out")
+        _settle(parser, args, defaults)
+        return args
+    try:
+        stored = json.loads(record.read_text())["arguments"]
+    except (OSError, ValueError, KeyError):
+        parser.error(f"--resume: no run in {args.out} (no readable args.json)")
+    given = {key: plain(value) for key, value in vars(args).items() if value != parser.get_default(key)}
+    for key, value in given.items():
+        if key not in ("resume", "out") and stored.get(key) != value:
+            flag = key.replace("_", "-")
+            parser.error(f"--resume continues with the run's own --{flag} {stored.get(key)}; leave --{flag} out")
+    for key, value in stored.items():
+        if key not in ("resume", "out"):
+            setattr(args, key, Path(value) if key == "data_root" else value)
+    return args
+
+
+def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Give the flags that were left out the defaults of the modality; refuse what does not fit it."""
+    is_text = args.dataset in TEXTS
+    fitting = LANGUAGE_MODELS if is_text else IMAGE_NETWORKS
+    if args.network not in fitting:
+        kind = "text" if is_text else "images"
+        parser.error(f"--network {args.network} is not for {kind}; for {args.dataset} choose from {', '.join(fitting)}")
+    if not _averages(args) and args.average_decay is not None:
+        parser.error("--average-decay belongs to --average or --meta-point average; leave it out")
+    args.average_decay = args.average_decay or "auto"
+    own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
+    if args.dataset == "imagenet":
+        own = own | IMAGENET_DEFAULTS
+    if args.workers is not None and args.dataset not in STREAMED:
+        parser.error(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
+    for name in other.keys() - own.keys():
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+def _averages(args: argparse.Namespace) -> bool:
+    """Whether the run keeps a running average of the weights."""
+    return args.average or getattr(args, "meta_point", "lookahead") == "average"
+
+
+def net_files(nets: list[str | Path]) -> str | list[Path]:
+    """What load_schedules takes: a shipped name, files, or of one meta-train run its snapshots at 1/200, 1/2 and 1."""
+    if len(nets) == 1 and str(nets[0]) in SHIPPED:
+        return str(nets[0])
+    paths = [Path(net) for net in nets]
+    if len(paths) > 1 or not paths[0].is_dir():
+        return paths
+    try:
+        num_epochs = json.loads((paths[0] / "args.json").read_text())["arguments"]["num_epoch"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{paths[0]}: no meta-train run (no readable args.json)") from None
+    epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
+    return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]
+
+
+# ---------------------------------------------------------------------------------------------- task and network
+
+
+def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
+    """The task, and the network on its device. ValueError for what is not available.
+
+    Every rank draws the network, and after it MLR-SNet, from the same random stream.
+    """
+    device = init_distributed(pick_device(args.device))
+    choose_algorithms(args.deterministic)
+    names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
+    task = build_task(
+        args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,
+        limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
+        **{name: getattr(args, name) for name in names},
+    )
+    sizes = {"embed_size": args.embed_size, "dropout": args.dropout} if args.dataset in TEXTS else {}
+    torch.manual_seed(args.seed)
+    network = build_network(args.network, task.num_classes, **sizes).to(device).to(memory_format=torch.channels_last)
+    if args.init and not args.resume:
+        try:
+            network.load_state_dict(torch.load(args.init, map_location="cpu", weights_only=True))
+        except Exception as error:  # a foreign file fails in many ways; each ends in this one line
+            raise ValueError(f"--init {args.init}: no weights of this network ({type(error).__name__})") from error
+    if args.compile:
+        network.compile()
+    return task, network
+
+
+def build_average(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
+    """The running average of the weights, where the run asks for one."""
+    if not _averages(args):
+        return None
+    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
+
+
+# ---------------------------------------------------------------------------------------------- metrics and cost
+
+
+class Metrics:
+    """The rows of metrics.csv, one per epoch, and the totals of the present epoch."""
+
+    EMPTY = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.totals = dict(self.EMPTY)
+        self.clock = time.perf_counter()
+
+    def add(self, size: int, loss: float, accuracy: float, lr: float) -> None:
+        """Count a step with `size` targets."""
+        for name, value in (("loss", loss), ("accuracy", accuracy), ("lr", lr)):
+            self.totals[name] += value * size
+        self.totals["size"] += size
+
+    def means(self) -> tuple[float, float, float]:
+        """Loss, accuracy (%) and LR of the present epoch, averaged over its targets."""
+        loss, accuracy, lr = (self.totals[name] / self.totals["size"] for name in ("loss", "accuracy", "lr"))
+        return loss, accuracy, lr
+
+    def start_clock(self) -> None:
+        """Time counts from here."""
+        self.clock = time.perf_counter()
+
+    def count_seconds(self) -> None:
+        """Add the time since the last call to the present epoch."""
+        now = time.perf_counter()
+        self.totals["seconds"] += now - self.clock
+        self.clock = now
+
+    def end_epoch(self, row: dict[str, float]) -> dict[str, float]:
+        """Append the row with the epoch's seconds; the totals start at zero again."""
+        self.count_seconds()
+        row = {**row, "seconds": round(self.totals["seconds"], 3)}
+        self.rows.append(row)
+        self.totals = dict(self.EMPTY)
+        return row
+
+    def write(self, path: Path) -> None:
+        """metrics.csv."""
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(self.rows[0]))
+        table.writeheader()
+        table.writerows(self.rows)
+        write_atomically(path, text.getvalue().encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "totals": self.totals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.totals = state["rows"], state["totals"]
+
+
+class Cost:
+    """What training takes, evaluation apart: passes through the network, and the peak of the memory in MiB."""
+
+    def __init__(self, network: nn.Module, is_compiled: bool):
+        self.counts: dict[str, float] = dict.fromkeys(COSTS, 0)
+        self.counting = True
+        if not is_compiled:  # every count would compile the network again
+            network.register_forward_hook(lambda *_: self._count("forward_passes"))
+            next(network.parameters()).register_hook(lambda _: self._count("backward_passes"))
+
+    def _count(self, name: str) -> None:
+        if self.counting:
+            self.counts[name] += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing counts."""
+        self.counting = False
+        yield
+        self.counting = True
+        self.counts["peak_memory_mib"] = max(self.counts["peak_memory_mib"], peak_memory_mib())
+
+    def write(self, path: Path, steps_per_epoch: int) -> None:
+        """cost.json."""
+        write_atomically(path, json.dumps({"steps_per_epoch": steps_per_epoch, **self.counts}, indent=1).encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.counts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = dict(state)
+
+
+# ---------------------------------------------------------------------------------------------- log and picture
+
+
+class Log:
+    """What a run shows on rank 0: a progress bar, a line per epoch, TensorBoard events."""
+
+    def __init__(self, folder: Path, num_steps: int, done: int):
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1) if rank() == 0 else None
+        self.bar = tqdm(total=num_steps, initial=done, disable=True if rank() else None, leave=False)
+
+    def step(self, number: int, loss: float, accuracy: float, lr: float) -> None:
+        if self.writer:
+            self.writer.add_scalar("step/loss", loss, number)
+            self.writer.add_scalar("step/lr", lr, number)
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
+
+    def epoch(self, row: dict[str, float]) -> None:
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+            self.bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    """run.png: training and test loss, accuracy or perplexity, those of averaged weights, and LR over the epochs."""
+    if rank():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = [row["epoch"] for row in rows]
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    metric = ("acc", "accuracy (%)") if "test_acc" in rows[0] else ("ppl", "perplexity")
+    columns = (("loss", "loss (nats)"), metric)
+    for panel, (column, label) in zip(panels, columns, strict=False):
+        curves = {f"train_{column}": ("-", "train"), f"test_{column}": ("--", "test"),
+                  f"test_{column}_average": ("k-", "test, averaged weights")}
+        for name, (style, title) in curves.items():
+            if name in rows[0]:
+                panel.plot(epochs, [row[name] for row in rows], style, label=title)
+        panel.set(xlabel="epoch", ylabel=label)
+        panel.legend(fontsize="small")
+    panels[2].plot(epochs, [row["lr"] for row in rows], "k-")
+    panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
+    panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
+    for panel in panels:
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(path.parent.name)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    pyplot.close(figure)
+    write_atomically(path, image.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------- checkpoint
+
+
+class Checkpoint:
+    """checkpoint.pth: all that continuing the run bit for bit needs. `parts` are the things with a state_dict."""
+
+    def __init__(self, path: Path, parts: dict[str, Any]):
+        self.path, self.parts = path, parts
+
+    def save(self, step: int, hidden: Any) -> None:
+        """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        save(self.path, {
+            "format": FORMAT,
+            "step": step,
+            "hidden": gather_hidden(hidden),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "rng": all_gather((torch.get_rng_state(), cuda)),
+        })
+
+    def load(self) -> tuple[int, Any]:
+        """Restore the parts and this rank's random generators; returns the step and the hidden state.
+
+        Raises ValueError for a checkpoint of something else.
+        """
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
+            raise ValueError(f"{self.path}: not a readable checkpoint ({type(error).__name__})") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"{self.path}: of another version of this software; start a new run in another --out")
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except Exception as error:
+            raise ValueError(f"{self.path}: not a checkpoint of this run ({type(error).__name__})") from error
+        if rank() < len(state["rng"]):
+            rng, cuda_rng = state["rng"][rank()]
+            torch.set_rng_state(rng)
+            if cuda_rng is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda_rng)
+        return state["step"], shard_hidden(state["hidden"])
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+class StopSignal:
+    """Inside its block, SIGINT and SIGTERM ask the run to stop after the step; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def seen(self) -> int:
+        """The signal that any rank has received, or 0."""
+        return max(all_gather(self.number))
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __enter__(self) -> "StopSignal":
+        self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for which, handler in self.handlers.items():
+            signal.signal(which, handler)
+
+
+class Trainer:
+    """One run: trains, logs and writes the run's folder; under --resume from its checkpoint on.
+
+    after_epoch is called with the number of every epoch that has ended, before its checkpoint. Raises ValueError for a
+    checkpoint of something else.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        task: ImageTask | TextTask,
+        network: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        meta_stream: MetaStream,
+        average: Average | None = None,
+        after_epoch: Callable[[int], None] = lambda epoch: None,
+    ):
+        self.args, self.task, self.network = args, task, network
+        self.optimizer, self.schedule, self.average, self.after_epoch = optimizer, schedule, average, after_epoch
+        self.num_steps = args.num_epoch * task.steps_per_epoch
+        self.step, self.hidden, self.last_lr = 0, None, 0.0
+        self.metrics, self.cost = Metrics(), Cost(network, args.compile)
+        parts = {
+            "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
+            "metrics": self.metrics, "cost": self.cost,
+        }
+        if average:
+            parts["average"] = average
+        self.checkpoint = Checkpoint(args.out / "checkpoint.pth", parts)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            write_atomically(args.out / "args.json", json.dumps(provenance(args), indent=1).encode())
+        elif self.checkpoint.path.exists():
+            self.step, self.hidden = self.checkpoint.load()
+        if rank() and not self.step:
+            torch.manual_seed(args.seed + rank())  # dropout masks differ between the ranks; all else is drawn by now
+
+    def run(self) -> int:
+        """Train to the end; returns the exit status: 0, 1 where it diverged, 128 + the signal that stopped it."""
+        if self.step == self.num_steps:
+            self._say(f"{self.args.out}: the run is complete")
+        self.log = Log(self.args.out, self.num_steps, self.step)
+        try:
+            double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
+            with StopSignal() as stop, double_backward:
+                stop_signal = self._train(stop)
+        except FloatingPointError as error:
+            self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
+            return 1
+        except ImageFileError as error:
+            print(f"error: {error}; {self._last_checkpoint()}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            print(f"another rank has ended; {self._last_checkpoint()}; continue with --resume", file=sys.stderr)
+            return 1
+        finally:
+            self.log.close()
+        if stop_signal:
+            self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
+            return 128 + stop_signal
+        self._write_metrics()
+        draw(self.metrics.rows, self.args.out / "run.png")
+        self._save_networks()
+        return 0
+
+    def _train(self, stop: StopSignal) -> int:
+        """Take all steps; returns the signal that stopped them, or 0."""
+        self.metrics.start_clock()
+        waiting: list[Step] = []  # steps whose numbers are still on the device
+        for step in self._steps():
+            self.step, self.hidden = step.number, step.hidden
+            waiting.append(step)
+            ends_epoch = step.number % self.task.steps_per_epoch == 0
+            if len(waiting) < self._fetch_every() and not ends_epoch:
+                continue
+            self._fetch(waiting)
+            waiting.clear()
+            if ends_epoch:
+                self._end_epoch(step.number // self.task.steps_per_epoch)
+            if stop_signal := stop.seen():
+                self.metrics.count_seconds()
+                self.checkpoint.save(self.step, self.hidden)
+                return stop_signal
+        return 0
+
+    def _steps(self) -> Iterator[Step]:
+        steps = train(
+            data_parallel(self.network), self.task, self.optimizer, self.schedule, self.args.num_epoch, self.step,
+            self.hidden,
+        )
+        return self.average.following(steps) if self.average else steps
+
+    def _fetch_every(self) -> int:
+        return 1 if next(self.network.parameters()).device.type == "cpu" else FETCH_EVERY
+
+    def _fetch(self, steps: list[Step]) -> None:
+        """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
+        for step in steps:
+            loss, accuracy, lr = float(step.loss), float(step.accuracy), float(step.lr)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step.number}, after LR {self.last_lr}")
+            if not math.isfinite(lr):
+                raise FloatingPointError(f"the LR is {lr} at step {step.number}, at loss {loss}")
+            self.last_lr = lr
+            self.metrics.add(step.size, loss, accuracy, lr)
+            self.log.step(step.number, loss, accuracy, lr)
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Evaluate, log, and write metrics and checkpoint."""
+        loss, accuracy, lr = self.metrics.means()
+        with self.cost.paused():
+            results = self._evaluate(loss, accuracy)
+        self.log.epoch(self.metrics.end_epoch({"epoch": epoch, "lr": lr, **results}))
+        self.after_epoch(epoch)
+        self._write_metrics()
+        self.checkpoint.save(self.step, self.hidden)
+
+    def _evaluate(self, loss: float, accuracy: float) -> dict[str, float]:
+        """The columns of the epoch with this mean training loss and accuracy (%)."""
+        with evaluating(self.optimizer, self.network, self.task):
+            row = self.task.train_metrics(loss, accuracy) | self.task.evaluate(self.network)
+            if self.average and self.args.average:
+                name = "test_ppl" if self.task.perplexity else "test_acc"
+                with self.average.swapped_in(self.task):
+                    row[f"{name}_average"] = self.task.evaluate(self.network)[name]
+        return row
+
+    def _write_metrics(self) -> None:
+        self.metrics.write(self.args.out / "metrics.csv")
+        self.cost.write(self.args.out / "cost.json", self.task.steps_per_epoch)
+
+    def _save_networks(self) -> None:
+        with evaluating(self.optimizer, self.network, self.task):
+            save(self.args.out / "network.pth", self.network.state_dict())
+            if self.average and self.args.average:
+                with self.average.swapped_in(self.task):
+                    save(self.args.out / "network_average.pth", self.network.state_dict())
+
+    def _last_checkpoint(self) -> str:
+        rows = self.metrics.rows
+        step = f"the checkpoint of step {rows[-1]['epoch'] * self.task.steps_per_epoch}" if rows else "none"
+        return f"last good checkpoint: {step}"
+
+    def _say(self, text: str, file: Any = None) -> None:
+        if rank() == 0:
+            tqdm.write(text, file=file)
