@@ -1,9 +1,13 @@
 """The schedules in Lightning, transformers, Accelerate, timm and ignite: bit-identical to a plain loop; and misuse.
 
-Every run has two epochs of six steps, of two micro-batches each, with clipping. The plain loop below is the oracle.
+Every run has two epochs of six steps, of two micro-batches each, with clipping. The plain loop below is the oracle. The
+examples for Accelerate, timm, ignite and a plain loop are tested through their own train().
 """
 
+import contextlib
 import copy
+import importlib
+import math
 import pydoc_data.topics
 import sys
 from functools import partial
@@ -14,8 +18,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedule, load_schedules
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integrations"))
 
@@ -63,10 +68,8 @@ def make_schedule(kind, network, loss_of_network=None, num_classes=10, **options
     torch.manual_seed(1)
     net = MLRSNet(8)
     meta_loss = loss_of_network or (lambda: loss_of(network, held_out()))
-    return partial(
-        MetaMLRSNetLR, net=net, network=network, meta_loss=meta_loss, num_classes=num_classes, t_val=2, lr=0.1,
-        **options,
-    )
+    options |= {"num_classes": num_classes, "t_val": 2, "lr": 0.1}
+    return partial(MetaMLRSNetLR, net=net, network=network, meta_loss=meta_loss, **options)
 
 
 def rates_of(optimizer):
@@ -118,8 +121,7 @@ def plain_run(kind, network=None, micro_batches=None, part_of_loss=None, num_epo
 
 @pytest.fixture
 def lightning():
-    module = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-    return module
+    return pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
 
 class Loader:
@@ -151,7 +153,7 @@ def lightning_module(lightning, optimizer_kind="sgd", **attributes):
             self.optimizer = build_optimizer(self.network, optimizer_kind)
             self.rates = rates_of(self.optimizer)
 
-        def training_step(self, batch, batch_index):
+        def training_step(self, batch, batch_idx):
             return loss_of(self.network, batch)
 
         def configure_optimizers(self):
@@ -230,7 +232,7 @@ def transformers():
     return module
 
 
-def build_trainer(transformers, folder, kind, optimizers=None, **options):
+def build_trainer(transformers, folder, kind, optimizers=None, optimizer_kind="sgd", **options):
     from mlr_snet_transformers import MLRSNetTrainer
 
     class InOrder(MLRSNetTrainer):
@@ -239,7 +241,7 @@ def build_trainer(transformers, folder, kind, optimizers=None, **options):
 
     rows, held_out_ids, vocabulary = texts()
     model = build_language_model(vocabulary)
-    optimizer = build_optimizer(model)
+    optimizer = build_optimizer(model, optimizer_kind)
     arguments = transformers.TrainingArguments(**{
         "output_dir": str(folder), "num_train_epochs": NUM_EPOCHS, "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": ACCUMULATION, "max_grad_norm": CLIP, "use_cpu": True, "disable_tqdm": True,
@@ -276,3 +278,291 @@ def test_the_trainer_equals_the_plain_loop_and_so_does_a_run_resumed_in_the_midd
     )
     assert_equal(expected, trainer_run(transformers, tmp_path, kind))
     assert_equal(expected, trainer_run(transformers, tmp_path, kind, str(tmp_path / "checkpoint-4")), since=4)
+
+
+# ---------------------------------------------------------------------------------------------- the examples' own loops
+
+
+def loader_of(micro_batches):
+    images, labels = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
+    return DataLoader(TensorDataset(images, labels), batch_size=len(micro_batches[0][0]))
+
+
+def example_run(example, kind, network, parts, folder):
+    """Call the example's train() on one part of the run after the other, each time with all objects made anew."""
+    rates, checkpoint = [], folder / "checkpoint.pt"
+    for part in parts:
+        fresh = copy.deepcopy(network)
+        optimizer = build_optimizer(fresh)
+        schedule = make_schedule(kind, fresh)(
+            optimizer=optimizer, num_epochs=NUM_EPOCHS, steps_per_epoch=STEPS_PER_EPOCH
+        )
+        rates_of_part = rates_of(optimizer)
+        example.train(fresh, optimizer, schedule, loader_of(part), 1, checkpoint, ACCUMULATION, CLIP)
+        rates += rates_of_part
+    return run_of(fresh, schedule, rates)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("framework", ["plain", "accelerate", "timm", "ignite"])
+def test_an_example_equals_the_plain_loop_and_so_does_a_run_resumed_in_the_middle_of_an_epoch(
+    tmp_path, framework, kind
+):
+    if framework != "plain":
+        pytest.importorskip(framework, reason=f"{framework} is not installed")
+    example = importlib.import_module(f"{framework}_example")
+    torch.manual_seed(0)
+    network = example.timm.create_model("test_resnet", in_chans=1, num_classes=10) if framework == "timm" else None
+    network = network or build_network()
+    expected = plain_run(kind, copy.deepcopy(network))
+    run = batches() * NUM_EPOCHS
+    for name, parts in {"whole": [run], "resumed": [run[:8], run[8:]]}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        assert_equal(expected, example_run(example, kind, network, parts, folder))
+
+
+# ---------------------------------------------------------------------------------------------- GradScaler
+
+
+def scaled_run(kind, optimizer_kind, clip=CLIP, skip=None, unscale=True):
+    """Two epochs under a GradScaler that hides the place before the update; step number `skip` overflows."""
+    network, scaler, losses = build_network(), torch.amp.GradScaler("cpu"), []
+    optimizer = build_optimizer(network, optimizer_kind)
+    schedule = make_schedule(kind, network)(optimizer=optimizer, num_epochs=2, steps_per_epoch=STEPS_PER_EPOCH)
+    schedule.attach(lambda: losses[-1])
+    rates = rates_of(optimizer)
+    for number, batch in enumerate(batches()):
+        optimizer.zero_grad()
+        losses.append(loss_of(network, batch))
+        scaler.scale(losses[-1]).backward()
+        if number == skip:
+            network[0].weight.grad[0] = math.inf
+        if unscale:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
+    return run_of(network, schedule, rates)
+
+
+@pytest.mark.parametrize("optimizer_kind", ["sgd", "fused"])
+@pytest.mark.parametrize("clip", [CLIP, math.inf])
+def test_under_grad_scaler_the_meta_update_sees_unscaled_and_clipped_gradients(optimizer_kind, clip):
+    network = build_network()
+    optimizer = build_optimizer(network, optimizer_kind)
+    schedule = make_schedule("learn", network)(optimizer=optimizer, num_epochs=2, steps_per_epoch=STEPS_PER_EPOCH)
+    rates = rates_of(optimizer)
+    for batch in batches():
+        optimizer.zero_grad()
+        loss = loss_of(network, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), clip)
+        schedule.step(loss)
+        optimizer.step()
+    # the scale is a power of two, so that it leaves no rounding
+    assert_equal(run_of(network, schedule, rates), scaled_run("learn", optimizer_kind, clip))
+
+
+@pytest.mark.parametrize("optimizer_kind", ["sgd", "fused"])
+def test_a_step_that_grad_scaler_skips_does_not_advance_the_schedule(optimizer_kind):
+    run = scaled_run("use", optimizer_kind, skip=3)
+    assert run["schedule"]["num_steps"] == len(batches()) - 1
+    assert all(weights.isfinite().all() for weights in run["weights"].values())
+
+
+def test_a_fused_optimizer_whose_gradients_are_still_scaled_cannot_learn_a_schedule():
+    scaled_run("use", "fused", unscale=False)
+    with pytest.raises(RuntimeError, match="unscale_"):
+        scaled_run("learn", "fused", unscale=False)
+
+
+def test_the_trial_steps_that_measure_an_optimizer_do_not_step_an_attached_schedule():
+    class Unknown(torch.optim.SGD):
+        """An optimizer without an entry of its own in DIRECTIONS."""
+
+    network = build_network()
+    optimizer = Unknown(network.parameters(), lr=0.1)
+    schedule = make_schedule("learn", network)(optimizer=optimizer, num_epochs=1, steps_per_epoch=4)
+    schedule.attach(lambda: loss)
+    for batch in batches()[:4]:
+        loss = loss_of(network, batch)
+        loss.backward()
+        optimizer.step()
+    assert schedule.num_steps == 4
+
+
+def test_lightning_under_fp16_equals_the_plain_loop(lightning, tmp_path):
+    precision = lightning.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    precision.forward_context = contextlib.nullcontext  # keep fp32's numbers, so that they can be compared
+    assert_equal(plain_run("learn"), lightning_run(lightning, tmp_path, "learn", plugins=[precision]))
+
+
+class Recorded(MLRSNetLR):
+    """Keeps the losses that it was stepped with."""
+
+    def step(self, loss=None):
+        self.__dict__.setdefault("losses", []).append(float(loss))
+        super().step(loss)
+
+
+def test_lightning_drops_the_loss_of_a_step_that_fp16_skips(lightning, tmp_path):
+    from mlr_snet_lightning import MLRSNetCallback
+
+    precision = lightning.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    precision.forward_context = contextlib.nullcontext
+    module, losses = lightning_module(lightning), []
+
+    def training_step(batch, batch_idx):
+        loss = loss_of(module.network, batch)
+        losses.append(loss.item())
+        return loss * math.inf if batch_idx == 7 else loss  # the second micro-batch of the fourth step
+
+    module.training_step = training_step
+    callback = MLRSNetCallback(partial(Recorded, nets=load_schedules(), num_classes=10))
+    lightning.Trainer(
+        **quiet(tmp_path), max_epochs=1, accumulate_grad_batches=2, plugins=[precision], callbacks=[callback]
+    ).fit(module, Loader())
+    means = [(first + second) / 2 for first, second in zip(losses[::2], losses[1::2], strict=True)]
+    assert callback.schedule.losses == pytest.approx(means[:3] + means[4:], rel=1e-6)
+
+
+def test_the_trainer_drops_the_loss_of_a_step_that_fp16_skips(transformers, tmp_path):
+    class Overflow(transformers.TrainerCallback):
+        """As GradScaler tells a fused optimizer, the Trainer's default, to skip the fourth step."""
+
+        def on_pre_optimizer_step(self, arguments, state, control, optimizer, **kwargs):
+            if state.global_step == 3:
+                optimizer.optimizer.found_inf = torch.tensor(1.0)
+
+        def on_optimizer_step(self, arguments, state, control, optimizer, **kwargs):
+            optimizer.optimizer.__dict__.pop("found_inf", None)
+
+    trainer = build_trainer(transformers, tmp_path, "use", optimizer_kind="fused", save_strategy="no")
+    trainer.add_callback(Overflow)
+    trainer.make_schedule = partial(Recorded, nets=load_schedules(), num_classes=10, gamma=0.01)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.lr_scheduler.schedule.losses == pytest.approx(logged[:3] + logged[4:], rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the other semantics
+
+
+def test_training_past_the_planned_end_keeps_the_last_net():
+    network = build_network()
+    schedule = MLRSNetLR(build_optimizer(network), load_schedules(), num_classes=10, num_epochs=3, steps_per_epoch=1)
+    for _ in range(9):
+        schedule.step(2.3)
+    assert schedule.net is schedule.nets[2]
+
+
+def test_parameter_groups_keep_their_ratios():
+    run = plain_run("use")
+    assert all(second == first / 2 for first, second in run["rates"])
+
+
+def test_a_run_planned_in_steps_changes_its_nets_at_the_thirds_of_its_steps(lightning, tmp_path):
+    from mlr_snet_lightning import MLRSNetCallback
+
+    module, nets = lightning_module(lightning), load_schedules()
+    callback = MLRSNetCallback(partial(MLRSNetLR, nets=nets, num_classes=10))
+    numbers = []
+    module.on_before_zero_grad = lambda _: numbers.append(callback.schedule.phase)
+    lightning.Trainer(**quiet(tmp_path), max_steps=9, callbacks=[callback]).fit(module, Loader())
+    assert numbers[1:] == [0, 0, 0, 1, 1, 1, 2, 2]  # before steps 2 to 9
+
+
+def test_the_trainers_scheduler_slot_does_nothing_on_a_bare_step(transformers, tmp_path):
+    trainer = build_trainer(transformers, tmp_path, "use")
+    slot = trainer.create_scheduler(num_training_steps=12)
+    before = copy.deepcopy(slot.state_dict())
+    slot.step()
+    torch.testing.assert_close(slot.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_second_training_by_the_same_trainer_has_a_schedule_of_its_own(transformers, tmp_path):
+    trainer = build_trainer(transformers, tmp_path, "use", save_strategy="no", max_steps=2)
+    trainer.train()
+    first = trainer.lr_scheduler.schedule
+    trainer.train()
+    assert first.num_steps == trainer.lr_scheduler.schedule.num_steps == 2
+    assert first is not trainer.lr_scheduler.schedule
+
+
+# ---------------------------------------------------------------------------------------------- misuse, in one sentence
+
+
+def a_schedule(lr=0.1):
+    optimizer = torch.optim.SGD(build_network().parameters(), lr=lr)
+    return MLRSNetLR(optimizer, load_schedules(), num_classes=10, num_epochs=3, steps_per_epoch=1)
+
+
+def test_a_step_without_a_loss_says_where_to_call_it():
+    with pytest.raises(TypeError, match=r"step\(loss\) after backward\(\), before optimizer.step\(\)"):
+        a_schedule().step()
+
+
+def test_a_loss_that_is_not_0_d_is_refused_with_its_shape():
+    with pytest.raises(ValueError, match=r"shape \(20,\): give the mean"):
+        a_schedule().step(torch.ones(20))
+
+
+def test_an_optimizer_whose_rates_are_all_zero_is_refused():
+    with pytest.raises(ValueError, match="rates are all zero; give at least one group a positive lr"):
+        a_schedule(lr=0.0)
+
+
+def test_a_net_file_that_is_none_is_refused_by_its_name(tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth: not an MLR-SNet"):
+        load_schedule(tmp_path / "other.pth")
+
+
+def test_a_second_scheduler_that_overwrites_the_rate_is_noticed_at_the_next_step():
+    schedule = a_schedule()
+    other = torch.optim.lr_scheduler.StepLR(schedule.optimizer, 1)
+    schedule.step(2.3)
+    schedule.optimizer.step()
+    other.step()
+    with pytest.raises(RuntimeError, match="remove the other scheduler"):
+        schedule.step(2.3)
+
+
+def fit(lightning, folder, module, **options):
+    from mlr_snet_lightning import MLRSNetCallback
+
+    callback = MLRSNetCallback(make_schedule("use", module.network))
+    lightning.Trainer(**quiet(folder) | {"max_epochs": 1, "callbacks": [callback]} | options).fit(module, Loader())
+
+
+def test_lightning_with_manual_optimization_is_refused(lightning, tmp_path):
+    module = lightning_module(lightning, automatic_optimization=False)
+    with pytest.raises(ValueError, match="between manual_backward"):
+        fit(lightning, tmp_path, module)
+
+
+def test_lightning_with_a_scheduler_of_its_own_is_refused(lightning, tmp_path):
+    module = lightning_module(lightning)
+    other = torch.optim.lr_scheduler.StepLR(module.optimizer, 1)
+    module.configure_optimizers = lambda: ([module.optimizer], [other])
+    with pytest.raises(ValueError, match="return the optimizer alone"):
+        fit(lightning, tmp_path, module)
+
+
+def test_a_lightning_run_without_an_end_is_refused(lightning, tmp_path):
+    with pytest.raises(ValueError, match="the run has no end"):
+        fit(lightning, tmp_path, lightning_module(lightning), max_epochs=-1)
+
+
+def test_a_trainer_with_another_scheduler_is_refused(transformers, tmp_path):
+    optimizer = build_optimizer(build_network())
+    other = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ValueError, match=r"give \(optimizer, None\)"):
+        build_trainer(transformers, tmp_path, "use", optimizers=(optimizer, other))
+
+
+def test_a_trainer_with_warm_up_is_refused(transformers, tmp_path):
+    trainer = build_trainer(transformers, tmp_path, "use", warmup_steps=5)
+    with pytest.raises(ValueError, match="5 warm-up steps"):
+        trainer.train()
