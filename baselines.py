@@ -1,23 +1,26 @@
 """The schedules that MLR-SNet is compared with. All are stepped like MLRSNetLR: step(loss) between backward() and
-optimizer.step().
+optimizer.step(), with this rank's loss where there are several.
 
-    closed forms of the time     fixed, multistep, exponential, cosine, sgdr, onecycle
-    of the validation loss       val
-    of gradients                 hd, rtho, l4mom, l4adam
-    optimizers of their own      schedule-free, prodigy (packages schedulefree and prodigyopt)
+    functions of the time        fixed, multistep, exponential, cosine, sgdr, onecycle
+    rates from losses            val
+    rates from gradients         hd, rtho, l4mom, l4adam
+    self-tuning optimizers       schedule-free, prodigy (packages schedulefree and prodigyopt)
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
 
 from mlr_snet import (
     all_reduce_mean,
     check_affine,
+    copied_rates,
     lr_ratios,
     parameters_with_grad,
     preserved,
@@ -27,59 +30,87 @@ from mlr_snet import (
 from utils import build_optimizer
 
 
-class Fixed:
-    """The initial rate throughout, and the base of the other schedules. epoch is fractional, from 0."""
+class Baseline:
+    """What all schedules here share. `remembered` names the attributes that make up the state."""
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
+    remembered: tuple[str, ...] = ("num_steps",)
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
-        lr_ratios(optimizer)
+        lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
         self.optimizer, self.num_epochs, self.steps_per_epoch = optimizer, num_epochs, steps_per_epoch
         self.initial_lr = max(group["initial_lr"] for group in optimizer.param_groups)
         self.num_steps = 0
 
+    def step(self, loss: float | Tensor) -> None:
+        """Set the rate of the step about to be taken. loss is this rank's training loss, 0-d."""
+        raise NotImplementedError
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Copies of the parameter groups' rates, as last set."""
+        return copied_rates(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs, beside the optimizer's own state_dict."""
+        return {name: getattr(self, name) for name in self.remembered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from state_dict(). ValueError for a state of another schedule."""
+        if state.keys() != set(self.remembered):
+            different = ", ".join(sorted(state.keys() ^ set(self.remembered)))
+            raise ValueError(f"not the state of a {type(self).__name__}: missing or unknown {different}")
+        device = self.optimizer.param_groups[0]["params"][0].device
+        for name, value in state.items():
+            if isinstance(value, list):
+                value = [tensor.to(device) for tensor in value]
+            setattr(self, name, value)
+
+
+# ---------------------------------------------------------------------------------------------- functions of the time
+
+
+class ClosedForm(Baseline):
+    """A rate that depends on the time alone."""
+
     def factor(self, epoch: float) -> float:
-        """The rate at `epoch` as a multiple of the initial rate."""
-        return 1.0
+        """The rate as a multiple of the initial rate; epoch is fractional and starts at 0."""
+        raise NotImplementedError
 
     def step(self, loss: float | Tensor) -> None:
-        """Set the rate of the step about to be taken; a closed form does not look at the loss."""
         set_lr(self.optimizer, self.initial_lr * self.factor(self.num_steps / self.steps_per_epoch))
         self.num_steps += 1
 
-    def get_last_lr(self) -> list[float]:
-        """The rates of the parameter groups, as last set."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_steps": self.num_steps}
+class Fixed(ClosedForm):
+    """The initial rate throughout."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_steps = state["num_steps"]
+    def factor(self, epoch: float) -> float:
+        return 1.0
 
 
-class Multistep(Fixed):
+class Multistep(ClosedForm):
     """×0.2 at 30 %, 60 % and 80 % of the run's epochs."""
 
     def factor(self, epoch: float) -> float:
-        return 0.2 ** sum(int(epoch) >= percent * self.num_epochs // 100 for percent in (30, 60, 80))
+        milestones = [percent * self.num_epochs // 100 for percent in (30, 60, 80)]
+        return 0.2 ** len([milestone for milestone in milestones if int(epoch) >= milestone])
 
 
-class Exponential(Fixed):
+class Exponential(ClosedForm):
     """×0.95 after every epoch."""
 
     def factor(self, epoch: float) -> float:
         return 0.95 ** int(epoch)
 
 
-class Cosine(Fixed):
+class Cosine(ClosedForm):
     """Half a cosine from the initial rate to 0 over the run, step by step."""
 
     def factor(self, epoch: float) -> float:
         return (1 + math.cos(math.pi * epoch / self.num_epochs)) / 2
 
 
-class SGDR(Fixed):
+class SGDR(ClosedForm):
     """Cosine to 0 with warm restarts after 10, 30, 70, … epochs. Source: Loshchilov and Hutter, 2017."""
 
     def factor(self, epoch: float) -> float:
@@ -89,45 +120,46 @@ class SGDR(Fixed):
         return (1 + math.cos(math.pi * epoch / period)) / 2
 
 
-class OneCycle(Fixed):
-    """Up from 1/25 of the rate for 30 % of the run, down to 1/250,000 of it. Source: Smith and Topin, 2018."""
+class OneCycle(ClosedForm):
+    """Up from 1/25 of the rate for 30 % of the run, then down to 1/250,000 of it. Source: Smith and Topin, 2018."""
 
     def factor(self, epoch: float) -> float:
         num_steps = self.num_epochs * self.steps_per_epoch
         peak = 0.3 * num_steps - 1  # as torch counts
         step = epoch * self.steps_per_epoch
-        low, high, progress = (1 / 25, 1.0, step / peak) if step <= peak else (
-            1 / 25e4, 1.0, 1 - (step - peak) / (num_steps - 1 - peak))
-        return low + (high - low) * (1 - math.cos(math.pi * progress)) / 2
+        if step <= peak:
+            low, progress = 1 / 25, step / peak
+        else:
+            low, progress = 1 / 25e4, 1 - (step - peak) / (num_steps - 1 - peak)
+        return low + (1.0 - low) * (1 - math.cos(math.pi * progress)) / 2
 
 
-class Val(Fixed):
+# ---------------------------------------------------------------------------------------------- rates from losses
+
+
+class Val(Baseline):
     """÷4 whenever an epoch has not lowered the validation loss. Source: PyTorch's word_language_model example.
 
-    validate gives the validation loss of the network as it stands.
+    validate returns the validation loss of the network as it stands, the same on every rank.
     """
+
+    remembered = ("num_steps", "lr", "min_loss")
 
     def __init__(
         self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int, validate: Callable[[], float]
     ):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
-        self.validate, self.best, self.shrunk = validate, math.inf, 1.0
+        self.validate, self.lr, self.min_loss = validate, self.initial_lr, math.inf
 
-    def factor(self, epoch: float) -> float:
-        if epoch.is_integer() and epoch > 0:
-            loss = self.validate()
-            if loss < self.best:
-                self.best = loss
+    def step(self, loss: float | Tensor) -> None:
+        if self.num_steps and self.num_steps % self.steps_per_epoch == 0:
+            validation_loss = self.validate()
+            if validation_loss < self.min_loss:
+                self.min_loss = validation_loss
             else:
-                self.shrunk /= 4
-        return self.shrunk
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"best": self.best, "shrunk": self.shrunk}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.best, self.shrunk = state["best"], state["shrunk"]
+                self.lr /= 4
+        set_lr(self.optimizer, self.lr)
+        self.num_steps += 1
 
 
 # ---------------------------------------------------------------------------------------------- rates from gradients
@@ -145,66 +177,52 @@ def _positive(lr: float) -> float:
     return 0.0 if lr < 0 else lr  # a NaN stays one, so that the run ends as diverged
 
 
-class Adaptive(Fixed):
-    """The base of the schedules that change their rate, `lr`, step by step; `remembered` names their state."""
-
-    remembered: tuple[str, ...] = ("num_steps", "lr")
-
-    def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
-        super().__init__(optimizer, num_epochs, steps_per_epoch)
-        self.lr = self.initial_lr
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name in self.remembered}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.optimizer.param_groups[0]["params"][0].device
-        for name, value in state.items():
-            is_tensors = isinstance(value, (list, tuple))
-            setattr(self, name, type(value)(tensor.to(device) for tensor in value) if is_tensors else value)
-
-
-class HD(Adaptive):
+class HD(Baseline):
     """Hypergradient descent: lr_t = lr_{t−1} + β⟨∇L(w_t), u_{t−1}⟩, u the direction last applied.
 
     beta is β; coupled weight decay counts as part of L. Source: Baydin et al., "Online Learning Rate Adaptation with
     Hypergradient Descent", 2018.
     """
 
-    remembered = ("num_steps", "lr", "last")
+    remembered = ("num_steps", "lr", "last_directions")
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int, beta: float):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
         check_affine(optimizer)
-        self.beta, self.last = beta, list[Tensor]()
+        self.beta, self.lr = beta, self.initial_lr
+        self.last_directions: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
-        if self.last:
-            self.lr = _positive(self.lr + self.beta * float(_dot(self._decayed_gradients(), self.last)))
-        self.last = [direction(parameter) for parameter, direction in update_directions(self.optimizer).items()]
+        if self.last_directions:
+            self.lr = _positive(self.lr + self.beta * float(_dot(self._decayed_gradients(), self.last_directions)))
+        directions = update_directions(self.optimizer)
+        self.last_directions = [direction(parameter) for parameter, direction in directions.items()]
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
 
     def _decayed_gradients(self) -> list[Tensor]:
         """∇L with the coupled weight decay, for every parameter."""
-        decoupled = isinstance(self.optimizer, AdamW)
-        return [
-            parameter.grad.add(parameter, alpha=0 if decoupled else group["weight_decay"])
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        gradients = []
+        for group in self.optimizer.param_groups:
+            weight_decay = 0.0 if isinstance(self.optimizer, AdamW) else group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradients.append(parameter.grad.add(parameter, alpha=weight_decay))
+        return gradients
 
 
-class RTHO(Adaptive):
+class RTHO(Baseline):
     """Real-time forward-mode differentiation of the validation loss in the rate, for SGD with momentum ρ.
 
         Z₁ ← (H + λ)·Z₀ + ρ·Z₁,  Z₀ ← Z₀ − lr·Z₁ − d_t   (∂w/∂lr and ∂v/∂lr; H the Hessian, λ the weight decay)
         lr ← max(0, lr − β⟨∇L_val(w⁺), Z₀⟩)
 
-    meta_loss returns the 0-d loss of the network on the next validation batch. Under gradient clipping the clip's
-    factor counts as a constant. ValueError for another optimizer.
+    meta_loss returns the 0-d loss of the network on the next validation batch. Gradient clipping counts as a constant
+    factor. ValueError for another optimizer.
+
+    The training loss has to be twice differentiable. That of cuDNN's LSTM and of fused attention is not: train inside
+    twice_differentiable().
     Source: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", 2017.
     """
 
@@ -222,7 +240,9 @@ class RTHO(Adaptive):
         if any(ratio != 1 for ratio in lr_ratios(optimizer)):
             raise ValueError("rtho works with one rate for all parameters")
         self.beta, self.network, self.meta_loss = beta, network, meta_loss
-        self.along_weights, self.along_velocity = list[Tensor](), list[Tensor]()  # Z₀, Z₁
+        self.lr = self.initial_lr
+        self.along_weights: list[Tensor] = []  # Z₀
+        self.along_velocity: list[Tensor] = []  # Z₁
 
     def step(self, loss: float | Tensor) -> None:
         assert isinstance(loss, Tensor)
@@ -232,68 +252,100 @@ class RTHO(Adaptive):
             self.along_velocity = [torch.zeros_like(parameter) for parameter in parameters]
         graph = torch.autograd.grad(loss, parameters, create_graph=True)
         products = torch.autograd.grad(graph, parameters, self.along_weights, materialize_grads=True)
-        gradients, curved = ([all_reduce_mean(part) for part in many] for many in (graph, products))  # ∇L and H·Z₀
+        gradients = [all_reduce_mean(gradient.detach()) for gradient in graph]
+        curvatures = [all_reduce_mean(product) for product in products]  # H·Z₀
         if self.num_steps:
-            with preserved(self.network.buffers()):
-                value = self.meta_loss()
-                slopes = torch.autograd.grad(value, parameters, materialize_grads=True)
-            slope = all_reduce_mean(_dot(list(slopes), self.along_weights))
-            self.lr = _positive(self.lr - self.beta * float(slope))
+            self.lr = _positive(self.lr - self.beta * float(self._validation_slope(parameters)))
         with torch.no_grad():
-            whole, taken = (nn.utils.get_total_norm(many) for many in (gradients, _gradients(parameters)))
-            clip = taken / whole if whole > 0 else 1.0
-            momentum, weight_decay = (self.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay"))
-            for index, (parameter, direction) in enumerate(update_directions(self.optimizer).items()):
-                weights, velocity = self.along_weights[index], self.along_velocity[index]
-                velocity.mul_(momentum).add_(curved[index] * clip).add_(weights, alpha=weight_decay)
-                weights.sub_(velocity, alpha=self.lr).sub_(direction(parameter))
+            norm = nn.utils.get_total_norm(gradients)
+            clip = nn.utils.get_total_norm(_gradients(parameters)) / norm if norm > 0 else 1.0
+            self._follow(curvatures, clip)
         set_lr(self.optimizer, self.lr)
         self.num_steps += 1
 
+    def _validation_slope(self, parameters: list[nn.Parameter]) -> Tensor:
+        """⟨∇L_val(w⁺), Z₀⟩."""
+        with preserved(self.network.buffers()):
+            slopes = torch.autograd.grad(self.meta_loss(), parameters, materialize_grads=True)
+        return all_reduce_mean(_dot(list(slopes), self.along_weights))
 
-class L4(Adaptive):
+    def _follow(self, curvatures: list[Tensor], clip: float | Tensor) -> None:
+        """Move Z₁ and Z₀ along with the step about to be taken."""
+        group = self.optimizer.param_groups[0]
+        for index, (parameter, direction) in enumerate(update_directions(self.optimizer).items()):
+            weights, velocity = self.along_weights[index], self.along_velocity[index]
+            velocity.mul_(group["momentum"]).add_(curvatures[index] * clip)
+            velocity.add_(weights, alpha=group["weight_decay"])
+            weights.sub_(velocity, alpha=self.lr).sub_(direction(parameter))
+
+
+@contextlib.contextmanager
+def twice_differentiable(network: nn.Module) -> Iterator[None]:
+    """Inside, LSTMs run without cuDNN and attention is not fused, so that their gradients have gradients."""
+    cudnn = torch.backends.cudnn
+    has_lstm = any(isinstance(module, nn.LSTM) for module in network.modules())
+    flags = cudnn.flags(
+        enabled=cudnn.enabled and not has_lstm, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    )
+    with flags, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class L4(Baseline):
     """lr = α(L − 0.9·L_min) / ⟨g̃, v⟩: the step that takes the linearised loss a part of the way to its minimum.
 
-    g̃ is the mean of the gradients (0.9), v = g̃, or with adam g̃ / (√second moment + 1e-4), all bias-corrected. L4 puts v
-    in the place of the gradient, so it needs plain SGD, whose weight decay is apart from L4's direction; ValueError for
+    g̃ is the average of the gradients (0.9), v = g̃, or for Adam's direction g̃ / (√second moment + 1e-4), all
+    bias-corrected. v replaces the gradient, so L4 needs plain SGD, which adds the weight decay to it; ValueError for
     another optimizer. Source: Rolínek and Martius, "L4: Practical Loss-Based Stepsize Adaptation", 2018.
     """
 
     adam = False
     fraction = 0.15  # α
-    remembered = ("num_steps", "lr", "lowest", "first", "second")
+    remembered = ("num_steps", "lr", "min_loss", "exp_avg", "exp_avg_sq")
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
         if type(optimizer) is not SGD or any(group["momentum"] for group in optimizer.param_groups):
             raise ValueError("l4 brings its own direction; use --optimizer sgd --momentum 0")
-        self.lowest = math.inf  # L_min
-        self.first, self.second = list[Tensor](), list[Tensor]()  # moments
+        self.lr = self.initial_lr
+        self.min_loss = math.inf  # L_min
+        self.exp_avg: list[Tensor] = []
+        self.exp_avg_sq: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
-        value, parameters = float(all_reduce_mean(torch.as_tensor(loss).detach())), parameters_with_grad(self.optimizer)
-        gradients = _gradients(parameters)
-        if not self.first:
-            self.lowest = 0.75 * value
-            self.first = [torch.zeros_like(parameter) for parameter in parameters]
-            self.second = [torch.zeros_like(parameter) for parameter in parameters] if self.adam else []
+        value = float(all_reduce_mean(torch.as_tensor(loss).detach()))
+        parameters = parameters_with_grad(self.optimizer)
+        if not self.num_steps:
+            self.min_loss = 0.75 * value
+            self.exp_avg = [torch.zeros_like(parameter) for parameter in parameters]
+            if self.adam:
+                self.exp_avg_sq = [torch.zeros_like(parameter) for parameter in parameters]
         self.num_steps += 1
-        for moment, gradient in zip(self.first, gradients, strict=True):
-            moment.lerp_(gradient, 0.1)
-        mean = [moment / (1 - 0.9**self.num_steps) for moment in self.first]
-        directions = mean
-        if self.adam:
-            for moment, gradient in zip(self.second, gradients, strict=True):
-                moment.lerp_(gradient.square(), 0.001)
-            roots = [(moment / (1 - 0.999**self.num_steps)).sqrt() for moment in self.second]
-            directions = [moment / (root + 1e-4) for moment, root in zip(mean, roots, strict=True)]
-        self.lowest = min(self.lowest, value)
-        self.lr = self.fraction * (value - 0.9 * self.lowest) / (float(_dot(mean, directions)) + 1e-12)
-        self.lowest *= 1 + 1 / 1000
+        average = self._average(_gradients(parameters))
+        directions = self._directions(average, _gradients(parameters))
+        self.min_loss = min(self.min_loss, value)
+        self.lr = self.fraction * (value - 0.9 * self.min_loss) / (float(_dot(average, directions)) + 1e-12)
+        self.min_loss *= 1 + 1 / 1000
         for parameter, direction in zip(parameters, directions, strict=True):
             parameter.grad = direction.clone()
         set_lr(self.optimizer, self.lr)
+
+    def _average(self, gradients: list[Tensor]) -> list[Tensor]:
+        """g̃ after this step's gradients."""
+        for exp_avg, gradient in zip(self.exp_avg, gradients, strict=True):
+            exp_avg.lerp_(gradient, 0.1)
+        return [exp_avg / (1 - 0.9**self.num_steps) for exp_avg in self.exp_avg]
+
+    def _directions(self, average: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """v after this step's gradients."""
+        if not self.adam:
+            return average
+        for exp_avg_sq, gradient in zip(self.exp_avg_sq, gradients, strict=True):
+            exp_avg_sq.lerp_(gradient.square(), 0.001)
+        roots = [(exp_avg_sq / (1 - 0.999**self.num_steps)).sqrt() for exp_avg_sq in self.exp_avg_sq]
+        return [exp_avg / (root + 1e-4) for exp_avg, root in zip(average, roots, strict=True)]
 
 
 class L4Adam(L4):
@@ -302,18 +354,24 @@ class L4Adam(L4):
     adam = True
 
 
-# ---------------------------------------------------------------------------------------------- optimizers of their own
+# ---------------------------------------------------------------------------------------------- self-tuning optimizers
 
 
-class Own(Fixed):
-    """For an optimizer that sets its rate itself: nothing to do. get_last_lr gives the rate in effect."""
+class SelfTuning(Baseline):
+    """For an optimizer that sets its rate itself: nothing is left to set."""
 
     def step(self, loss: float | Tensor) -> None:
         self.num_steps += 1
 
-    def get_last_lr(self) -> list[float]:
-        groups = self.optimizer.param_groups
-        return [float(group.get("scheduled_lr", group["lr"]) * group.get("d", 1.0)) for group in groups]
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The rate in effect, which the optimizer keeps in the parameter groups."""
+        return [self._rate(group) for group in self.optimizer.param_groups]
+
+    @staticmethod
+    def _rate(group: dict[str, Any]) -> float:
+        if "scheduled_lr" in group:  # schedule-free; 0 before the first step
+            return float(group["scheduled_lr"])
+        return float(group["lr"] * group["d"])  # d is the distance that Prodigy estimates
 
 
 def _package(name: str, schedule: str) -> Any:
@@ -348,7 +406,7 @@ def prodigy(name: str, parameters: Any, lr: float, momentum: float, weight_decay
 
 # ---------------------------------------------------------------------------------------------- the registry
 
-SCHEDULES: dict[str, type[Fixed]] = {
+SCHEDULES: dict[str, type[Baseline]] = {
     "fixed": Fixed,
     "multistep": Multistep,
     "exponential": Exponential,
@@ -360,9 +418,10 @@ SCHEDULES: dict[str, type[Fixed]] = {
     "rtho": RTHO,
     "l4mom": L4,
     "l4adam": L4Adam,
-    "schedule-free": Own,
-    "prodigy": Own,
+    "schedule-free": SelfTuning,
+    "prodigy": SelfTuning,
 }
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"schedule-free": schedule_free, "prodigy": prodigy}  # their own
 VALIDATING = ("val", "rtho")  # need data held out of the training set
 RATELESS = ("l4mom", "l4adam")  # have no initial rate
 
@@ -372,30 +431,36 @@ def default_lr(schedule: str, optimizer: str) -> float:
     if schedule == "prodigy":
         return 1.0
     if schedule == "schedule-free":
-        return {"sgd": 1.0}.get(optimizer, 0.0025)
+        return 1.0 if optimizer == "sgd" else 0.0025
     if optimizer != "sgd":
         return 1e-3
     return 20.0 if schedule == "val" else 0.1
+
+
+def default_beta(optimizer: str) -> float:
+    """The usual step of hd and rtho on the rate."""
+    return 1e-3 if optimizer == "sgd" else 1e-7
 
 
 def build_baseline(
     schedule: str, optimizer: str, network: nn.Module, task: Any, num_epochs: int, lr: float | None = None,
     momentum: float = 0.0, weight_decay: float = 0.0, beta: float | None = None,
     meta_loss: Callable[[], Tensor] | None = None,
-) -> tuple[Optimizer, Fixed]:
-    """The optimizer ("sgd", "adam" or "adamw") and its schedule. beta is the step of hd and rtho on the rate,
-    meta_loss returns the 0-d loss of the network on the next validation batch, for rtho.
+) -> tuple[Optimizer, Baseline]:
+    """The optimizer ("sgd", "adam" or "adamw") and its schedule.
 
-    ValueError for what does not go together and for a package that is not installed.
+    lr is the initial rate and beta the step of hd and rtho on the rate; the default is the usual one. meta_loss
+    returns the 0-d loss of the network on the next validation batch, for rtho. ValueError for what does not go
+    together and for a package that is not installed.
     """
-    make = {"schedule-free": schedule_free, "prodigy": prodigy}.get(schedule, build_optimizer)
+    make = OPTIMIZERS.get(schedule, build_optimizer)
     lr = default_lr(schedule, optimizer) if lr is None else lr
     built = make(optimizer, network.parameters(), lr, momentum, weight_decay)
     options: dict[str, Any] = {}
     if schedule == "val":
         options["validate"] = lambda: task.validate(network)
     if schedule in ("hd", "rtho"):
-        options["beta"] = beta or (1e-3 if optimizer == "sgd" else 1e-7)
+        options["beta"] = default_beta(optimizer) if beta is None else beta
     if schedule == "rtho":
         if meta_loss is None:
             raise ValueError("rtho needs meta_loss, the loss on the next validation batch")

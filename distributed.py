@@ -1,4 +1,4 @@
-"""torchrun's ranks: shards of every batch, gathers, broadcasts. In a single process all of this does nothing.
+"""torchrun's ranks: shards, gathers and broadcasts. In a single process all of this does nothing.
 
 Batches are global: every rank draws the same batch and keeps its shard. A rank's loss is its shard's sum, divided by
 the global number of targets and multiplied by the world size. So the mean over the ranks is the loss of the whole
@@ -19,7 +19,7 @@ from mlr_snet import all_reduce_mean
 
 
 def init_distributed(device: torch.device) -> torch.device:
-    """Connect to the other ranks where torchrun started this process; returns the device of this rank."""
+    """Connect to the other ranks if torchrun started this process, and return this rank's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.type == "cuda":
@@ -40,9 +40,10 @@ def rank() -> int:
 
 
 def shard(number: int) -> tuple[slice, bool]:
-    """This rank's part of `number` items, and whether it is a duplicate: with fewer items than ranks, some repeat one.
+    """This rank's part of `number` items, and whether it is a duplicate.
 
-    A duplicate keeps the rank in step with the others and must not count.
+    With fewer items than ranks, some ranks get an item that another rank has, too. Such a duplicate lets the rank take
+    part in the step, and must not count.
     """
     this, ranks = rank(), world_size()
     if number < ranks:
@@ -61,7 +62,7 @@ def all_reduce_sum(*numbers: float) -> list[float]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The value of every rank, on each of them."""
+    """The values of all ranks, in their order."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -69,7 +70,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether the error says that another rank has ended: torch has no class of its own for it under gloo."""
+    """Whether the error means that another rank has ended. Under gloo, torch has no exception class for it."""
     words = ("gloo", "nccl", "connection", "timed out")
     return world_size() > 1 and any(word in str(error).lower() for word in words)
 
@@ -78,25 +79,25 @@ def data_parallel(network: nn.Module) -> nn.Module:
     """The network as the loop calls it: backward() leaves the mean of the ranks' gradients in .grad."""
     if world_size() == 1:
         return network
-    # NASNet's cells hold parameters that they do not use
+    # NASNet's cells have parameters that they do not use.
     return DistributedDataParallel(network, find_unused_parameters=getattr(network, "has_unused_parameters", False))
 
 
 def broadcast_buffers(network: nn.Module) -> None:
-    """Give every rank the buffers of rank 0: the BatchNorm statistics that the network is evaluated with."""
+    """Give every rank the buffers of rank 0, among them the BatchNorm statistics used in evaluation."""
     if world_size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
 
 
 def average_buffers(network: nn.Module) -> None:
-    """Give every rank the mean of all BatchNorm statistics."""
+    """Replace the BatchNorm statistics by their mean over the ranks."""
     for buffer in network.buffers():
         if buffer.is_floating_point():
             buffer.copy_(all_reduce_mean(buffer))
 
 
-Hidden = Sequence[Tensor] | None  # a language model's hidden states, (layers, columns, width) each; None for images
+Hidden = Sequence[Tensor] | None  # a language model's states, (layers, columns, width) each; None for images
 
 
 def gather_hidden(hidden: Hidden) -> Hidden:
@@ -108,7 +109,7 @@ def gather_hidden(hidden: Hidden) -> Hidden:
 
 
 def shard_hidden(hidden: Hidden) -> Hidden:
-    """This rank's columns of what gather_hidden returned, under any world size."""
+    """This rank's columns of the hidden states of all ranks, for any world size."""
     if hidden is None or world_size() == 1:
         return hidden
     return tuple(state[:, shard(state.shape[1])[0]].contiguous() for state in hidden)

@@ -202,7 +202,7 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
 
 
 def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
-    """The learning rate of each parameter group; tensors are copied, as torch's schedulers do."""
+    """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
@@ -253,36 +253,24 @@ Moments = dict[str, Any]  # an optimizer's state of one parameter, before the st
 Update = dict[nn.Parameter, Callable[[Tensor], Tensor]]  # for each parameter, d_t from its value w_t
 
 
-def _decayed(weight: Tensor, gradient: Tensor, group: Options) -> Tensor:
-    """The gradient with coupled weight decay."""
-    return gradient.add(weight, alpha=group["weight_decay"])
-
-
 def _next_step(state: Moments) -> float | Tensor:
     return on_host(state["step"]) + 1 if state else 1.0
 
 
 def _averaged(state: Moments, name: str, value: Tensor, beta: float) -> Tensor:
-    """The exponential average `name` after this step's value, beta of it from before."""
+    """The exponential average `name`, β·average + (1 − β)·value, as the next step will find it."""
     average = value * (1 - beta)
     return average.add_(state[name], alpha=beta) if state else average
 
 
-def _sgd(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    direction = _decayed(weight, gradient, group)
-    if group["momentum"]:
-        velocity = state.get("momentum_buffer")
-        if velocity is not None:
-            direction = direction.mul(1 - group["dampening"]).add_(velocity, alpha=group["momentum"])
-        if group["nesterov"]:
-            direction = _decayed(weight, gradient, group).add_(direction, alpha=group["momentum"])
-    return direction
+def _sgd(gradient: Tensor, group: Options, state: Moments) -> Tensor:
+    velocity = gradient
+    if group["momentum"] and state.get("momentum_buffer") is not None:
+        velocity = gradient.mul(1 - group["dampening"]).add_(state["momentum_buffer"], alpha=group["momentum"])
+    return gradient.add(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
 
 
-def _adam(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    decoupled = group.get("decoupled_weight_decay", False)
-    if not decoupled:
-        gradient = _decayed(weight, gradient, group)
+def _adam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     beta1, beta2 = group["betas"]
     step = _next_step(state)
     exp_avg = _averaged(state, "exp_avg", gradient, beta1)
@@ -290,58 +278,42 @@ def _adam(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> T
     if group["amsgrad"] and state:
         exp_avg_sq = torch.maximum(exp_avg_sq, state["max_exp_avg_sq"])
     root = exp_avg_sq.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    direction = exp_avg.div_(1 - beta1**step).div_(root)
-    return direction.add_(weight, alpha=group["weight_decay"]) if decoupled else direction
+    return exp_avg.div_(1 - beta1**step).div_(root)
 
 
-def _adamw(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    return _adam(weight, gradient, {**group, "decoupled_weight_decay": True}, state)
-
-
-def _nadam(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    decoupled = group["decoupled_weight_decay"]
-    if not decoupled:
-        gradient = _decayed(weight, gradient, group)
+def _nadam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     beta1, beta2 = group["betas"]
     step = _next_step(state)
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (number * group["momentum_decay"])) for number in (step, step + 1))
-    mu_product = mu * (on_host(state["mu_product"]) if state else 1.0)
+    mu_product = on_host((state["mu_product"] if state else torch.tensor(1.0)) * mu)  # torch keeps it in fp32
     exp_avg = _averaged(state, "exp_avg", gradient, beta1)
     exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
-    root = exp_avg_sq.div_(1 - beta2**step).sqrt_().add_(group["eps"])
-    direction = gradient * ((1 - mu) / (1 - mu_product)) + exp_avg * (mu_next / (1 - mu_product * mu_next))
-    direction.div_(root)
-    return direction.add_(weight, alpha=group["weight_decay"]) if decoupled else direction
+    mean = gradient * ((1 - mu) / (1 - mu_product)) + exp_avg * (mu_next / (1 - mu_product * mu_next))
+    return mean.div_(exp_avg_sq.div_(1 - beta2**step).sqrt_().add_(group["eps"]))
 
 
-def _radam(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    decoupled = group["decoupled_weight_decay"]
-    if not decoupled:
-        gradient = _decayed(weight, gradient, group)
+def _radam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     beta1, beta2 = group["betas"]
     step = float(_next_step(state))
-    direction = _averaged(state, "exp_avg", gradient, beta1).div_(1 - beta1**step)
+    mean = _averaged(state, "exp_avg", gradient, beta1).div_(1 - beta1**step)
     longest = 2 / (1 - beta2) - 1  # ρ_∞
     length = longest - 2 * step * beta2**step / (1 - beta2**step)  # ρ_t
-    if length > 5:  # the variance is tractable: rectify
-        exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
-        ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-        direction.mul_((ratio * (1 - beta2**step)) ** 0.5).div_(exp_avg_sq.sqrt_().add_(group["eps"]))
-    return direction.add_(weight, alpha=group["weight_decay"]) if decoupled else direction
+    if length <= 5:  # the variance is not tractable yet
+        return mean
+    rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
+    return mean.mul_((rectified * (1 - beta2**step)) ** 0.5).div_(exp_avg_sq.sqrt_().add_(group["eps"]))
 
 
-def _adamax(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    gradient = _decayed(weight, gradient, group)
+def _adamax(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     beta1, beta2 = group["betas"]
-    exp_avg = _averaged(state, "exp_avg", gradient, beta1)
     exp_inf = gradient.abs().add_(group["eps"])
     if state:
         exp_inf = torch.maximum(exp_inf, state["exp_inf"] * beta2)
-    return exp_avg.div_(exp_inf).div_(1 - beta1 ** _next_step(state))
+    return _averaged(state, "exp_avg", gradient, beta1).div_(exp_inf).div_(1 - beta1 ** _next_step(state))
 
 
-def _rmsprop(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    gradient = _decayed(weight, gradient, group)
+def _rmsprop(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     variance = _averaged(state, "square_avg", gradient.square(), group["alpha"])
     if group["centered"]:
         variance.sub_(_averaged(state, "grad_avg", gradient, group["alpha"]).square_())
@@ -351,46 +323,49 @@ def _rmsprop(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -
     return direction
 
 
-def _adagrad(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    gradient = _decayed(weight, gradient, group)
+def _adagrad(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     root = (state["sum"] + gradient.square()).sqrt_().add_(group["eps"])
     return gradient.div(root).div_(1 + (_next_step(state) - 1) * group["lr_decay"])
 
 
-def _adadelta(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    gradient = _decayed(weight, gradient, group)
+def _adadelta(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     root = _averaged(state, "square_avg", gradient.square(), group["rho"]).add_(group["eps"]).sqrt_()
-    before = state["acc_delta"] if state else torch.zeros_like(weight)
-    return before.add(group["eps"]).sqrt_().div_(root).mul_(gradient)
+    acc_delta = state["acc_delta"] if state else torch.zeros_like(gradient)
+    return acc_delta.add(group["eps"]).sqrt_().div_(root).mul_(gradient)
 
 
-def _muon(weight: Tensor, gradient: Tensor, group: Options, state: Moments) -> Tensor:
+def _muon(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     momentum = group["momentum"]
     buffer = _averaged(state, "momentum_buffer", gradient, momentum)
-    if group["nesterov"]:
-        buffer = gradient.lerp(buffer, momentum)
-    rows, columns = buffer.shape
-    is_tall = rows > columns
-    matrix = (buffer.T if is_tall else buffer).bfloat16()
-    matrix.div_(matrix.norm().clamp(min=group["eps"]))
+    matrix = (gradient.lerp(buffer, momentum) if group["nesterov"] else buffer).bfloat16()
+    rows, columns = matrix.shape
+    if rows > columns:
+        matrix = matrix.T
+    matrix = matrix / matrix.norm().clamp(min=group["eps"])
     a, b, c = group["ns_coefficients"]
-    for _ in range(group["ns_steps"]):  # Newton–Schulz: the singular values go to about 1
+    for _ in range(group["ns_steps"]):  # Newton–Schulz: the singular values approach 1
         gram = matrix @ matrix.T
         matrix = torch.addmm(matrix, torch.addmm(gram, gram, gram, beta=b, alpha=c), matrix, beta=a)
-    scale = {
-        "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)), "spectral_unclamped": math.sqrt(rows / columns),
-    }.get(group["adjust_lr_fn"], math.sqrt(max(1, rows / columns)))
-    direction = (matrix.T if is_tall else matrix).to(weight.dtype) * scale
-    return direction.add_(weight, alpha=group["weight_decay"])
+    if rows > columns:
+        matrix = matrix.T
+    scale = math.sqrt(max(1, rows / columns))
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        scale = 0.2 * math.sqrt(max(rows, columns))
+    elif group["adjust_lr_fn"] == "spectral_unclamped":
+        scale = math.sqrt(rows / columns)
+    return matrix.to(gradient.dtype) * scale
 
 
-DIRECTIONS: dict[type[Optimizer], Callable[[Tensor, Tensor, Options, Moments], Tensor]] = {
-    torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adamw, torch.optim.NAdam: _nadam,
+# What an optimizer subtracts per unit of learning rate, weight decay aside.
+DIRECTIONS: dict[type[Optimizer], Callable[[Tensor, Options, Moments], Tensor]] = {
+    torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam, torch.optim.NAdam: _nadam,
     torch.optim.RAdam: _radam, torch.optim.Adamax: _adamax, torch.optim.RMSprop: _rmsprop,
     torch.optim.Adagrad: _adagrad, torch.optim.Adadelta: _adadelta,
 }
+DECOUPLED: list[type[Optimizer]] = [torch.optim.AdamW]  # always; others where their option says so
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and newer
     DIRECTIONS[torch.optim.Muon] = _muon
+    DECOUPLED.append(torch.optim.Muon)
 
 NOT_AFFINE: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "evaluates the loss several times in a step",
@@ -444,11 +419,16 @@ def _direction(
     optimizer: Optimizer, group: Options, ratio: float, parameter: nn.Parameter, weight: Tensor
 ) -> Tensor:
     """A new tensor of the parameter's shape: its direction where its value is `weight`."""
-    gradient = parameter.grad
+    gradient, kind = parameter.grad, type(optimizer)
     assert gradient is not None
     if group.get("maximize"):
         gradient = -gradient
-    direction = DIRECTIONS[type(optimizer)](weight.detach(), gradient, group, optimizer.state.get(parameter, {}))
+    is_decoupled = kind in DECOUPLED or group.get("decoupled_weight_decay", False)
+    if not is_decoupled:
+        gradient = gradient.add(weight.detach(), alpha=group["weight_decay"])
+    direction = DIRECTIONS[kind](gradient, group, optimizer.state.get(parameter, {}))
+    if is_decoupled:
+        direction.add_(weight.detach(), alpha=group["weight_decay"])
     return direction if ratio == 1 else direction.mul_(ratio)
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
+from baselines import twice_differentiable
 from data import STREAMED, TEXTS, build_task
 from data.images import ImageTask
 from data.meta_stream import MetaStream
@@ -599,7 +600,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end; returns the exit status: 0, 1 where it failed or diverged, 128 + a signal that ended it."""
         try:
-            with self.lock_held(), StopSignal() as stop, _double_backward(self.network, self.schedule):
+            double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
+            with self.lock_held(), StopSignal() as stop, double_backward:
                 return self._run(stop)
         except Exception as error:
             failure = self._failure(error)
@@ -764,10 +766,3 @@ class Trainer:
     def _say(self, text: str, file: Any = None) -> None:
         if rank() == 0:
             tqdm.write(text, file=file)
-
-
-def _double_backward(network: nn.Module, schedule: Schedule) -> AbstractContextManager[Any]:
-    """A block in which the schedule can differentiate the network twice, if it has to: cuDNN's LSTM cannot."""
-    if schedule.second_order and any(isinstance(module, nn.LSTM) for module in network.modules()):
-        return torch.backends.cudnn.flags(enabled=False)
-    return nullcontext()

@@ -1,11 +1,11 @@
-"""The held-out batches that steer MLR-SNet, and what a schedule has to know of a task."""
+"""The loss on held-out batches that steers MLR-SNet, and the arguments that a schedule takes from a task."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from distributed import gather_hidden, shard_hidden
+from distributed import Hidden, gather_hidden, shard_hidden
 from mlr_snet import Task
 
 
@@ -20,12 +20,13 @@ def schedule_arguments(task: Task, num_epochs: int) -> dict[str, Any]:
 class MetaStream:
     """Calling it returns the 0-d loss of the network on the task's next meta batch, with its graph.
 
-    It carries a language model's hidden state from one batch to the next. With several ranks the loss is this rank's.
+    It keeps a language model's hidden state from one batch to the next. With several ranks, the loss is this rank's
+    share of it: the mean over the ranks is the loss of the whole batch.
     """
 
     def __init__(self, task: Task, network: nn.Module):
         self.task, self.network, self.index = task, network, 0
-        self.hidden: Any = None
+        self.hidden: Hidden = None
         self.batches: Iterator[Any] | None = None
 
     def __call__(self) -> Tensor:

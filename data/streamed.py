@@ -1,5 +1,6 @@
-"""Image data sets too large for the memory: read from disk by worker processes, ahead of the training."""
+"""Image data sets that do not fit in memory: worker processes read them from disk, ahead of the training."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from distributed import shard
 
-from .images import Plan, generator_for
+from .files import first_line
+from .images import Plan
+from .sampling import generator_for
 
 NORMALISE = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
@@ -26,7 +29,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass
 class StreamedData:
-    """A data set on disk. `random` makes a training image into a (3, height, width) tensor, `plain` any other."""
+    """A data set on disk. `random` makes a (3, height, width) tensor of a training image, `plain` of any other."""
 
     train: Samples
     test: Samples
@@ -34,12 +37,12 @@ class StreamedData:
     random: Transform
     plain: Transform
 
-    def splits(self, device: torch.device, workers: int) -> tuple["Streamed", "Streamed"]:
-        return Streamed(self.train, self, device, workers), Streamed(self.test, self, device, workers)
+    def splits(self, device: torch.device, workers: int) -> tuple["StreamedSplit", "StreamedSplit"]:
+        return StreamedSplit(self.train, self, device, workers), StreamedSplit(self.test, self, device, workers)
 
 
-class Streamed(Dataset):
-    """A split whose images are read, decoded and augmented by worker processes; 0 workers: by this one."""
+class StreamedSplit(Dataset):
+    """A split whose images are read, decoded and augmented by worker processes, or by this process with 0 workers."""
 
     def __init__(self, samples: Samples, data: StreamedData, device: torch.device, workers: int):
         self.samples, self.random, self.plain = samples, data.random, data.plain
@@ -47,7 +50,7 @@ class Streamed(Dataset):
         self.device, self.workers = device, workers
 
     def __getitem__(self, wanted: tuple[int, tuple[int, ...] | None]) -> Tensor:
-        """The image of that index, augmented if there is a key."""
+        """The image of an index, augmented if there is a key."""
         index, key = wanted
         with Image.open(self.samples[index][0]) as file:
             image = file.convert("RGB")
@@ -64,19 +67,27 @@ class Streamed(Dataset):
         for images in loader:
             yield images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
+    def add_to_digest(self, digest: Any) -> None:
+        """Names, sizes and classes of the files: reading them all would take too long."""
+        folder = os.path.commonpath([path for path, _ in self.samples])
+        for path, label in self.samples:
+            name = os.path.relpath(path, folder)
+            digest.update(f"{name} {os.path.getsize(path)} {label}\n".encode())
+
     @staticmethod
-    def _wanted(plan: Plan) -> Iterator[Any]:
+    def _wanted(plan: Plan) -> Iterator[list[tuple[int, tuple[int, ...] | None]]]:
+        """For each batch of the plan, index and key of every image in this rank's shard."""
         for indices, key in plan:
-            mine, _ = shard(len(indices))
-            places = range(len(indices))[mine]
-            yield [
-                (index, None if key is None else (*key, place))
-                for index, place in zip(indices[mine].tolist(), places, strict=True)
-            ]
+            own, _ = shard(len(indices))
+            places = range(len(indices))[own]
+            wanted: list[tuple[int, tuple[int, ...] | None]] = []
+            for index, place in zip(indices[own].tolist(), places, strict=True):
+                wanted.append((index, None if key is None else (*key, place)))
+            yield wanted
 
 
 def imagenet(root: Path, image_size: int | None, seed: int) -> StreamedData:
-    """root/train and root/val of class folders, as ImageNet's own; images of `image_size` (224) pixels."""
+    """root/train and root/val of class folders, ImageNet's own layout; images of `image_size` (default 224) pixels."""
     size = image_size or 224
     train, test = _class_folders(root / "train"), _class_folders(root / "val")
     if train.classes != test.classes:
@@ -89,14 +100,15 @@ def imagenet(root: Path, image_size: int | None, seed: int) -> StreamedData:
 
 
 def tinyimagenet(root: Path, image_size: int | None, seed: int) -> StreamedData:
-    """Stanford's tiny-imagenet-200 of 64×64 pixels under root, else downloaded; its val split is the test."""
+    """Stanford's tiny-imagenet-200 of 64×64 pixels under root, downloaded if missing; the test split is its val."""
     folder, size = root / "tiny-imagenet-200", image_size or 64
     if not folder.is_dir():
         try:
             download_and_extract_archive(TINY_URL, str(root), md5=TINY_MD5)
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"tinyimagenet: {folder} is not there and not to be downloaded ({reason})") from None
+            raise ValueError(
+                f"tinyimagenet: {folder} does not exist and could not be downloaded ({first_line(error)})"
+            ) from None
     train = _class_folders(folder / "train")
     resize = [transforms.Resize((size, size))] if size != 64 else []
     return StreamedData(
@@ -112,17 +124,19 @@ def _class_folders(folder: Path) -> torchvision.datasets.ImageFolder:
     try:
         return torchvision.datasets.ImageFolder(str(folder))
     except OSError as error:
-        raise ValueError(f"{folder}: expected class folders of images ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{folder}: expected class folders of images ({first_line(error)})") from None
 
 
 def _annotated(folder: Path, class_to_index: dict[str, int]) -> Samples:
-    """The images of a folder whose classes stand in val_annotations.txt: file, class and box on every line."""
+    """The images listed in the folder's val_annotations.txt: file, class and box on every line, tab-separated."""
     try:
         lines = (folder / "val_annotations.txt").read_text().splitlines()
-        pairs = [line.split("\t")[:2] for line in lines]
-        samples = [(str(folder / "images" / name), class_to_index[label]) for name, label in pairs]
+        samples = []
+        for line in lines:
+            name, label = line.split("\t")[:2]
+            samples.append((str(folder / "images" / name), class_to_index[label]))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}/val_annotations.txt: expected lines of FILE<tab>CLASS<tab>… ({error})") from None
     if not samples:
-        raise ValueError(f"{folder}/val_annotations.txt: names no image")
+        raise ValueError(f"{folder}/val_annotations.txt: lists no image")
     return samples

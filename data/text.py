@@ -1,6 +1,7 @@
-"""Language modelling: the data sets, and the task that feeds them to the loop."""
+"""Language modelling: the data sets, and the task that feeds them to the training loop."""
 
 import contextlib
+import hashlib
 import itertools
 import math
 import re
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
 
-from distributed import all_reduce_sum, shard, world_size
+from distributed import Hidden, all_reduce_sum, shard, world_size
+
+from .files import first_line
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -30,7 +33,7 @@ PTB_MD5 = {
 
 @dataclass
 class TextData:
-    """Token indices of the three splits, int64 (1 + tokens,) each, begun by an <eos> for context; and the words."""
+    """Token indices of each split, int64 (1 + tokens,) with an <eos> in front as context, and the vocabulary."""
 
     train: Tensor
     valid: Tensor
@@ -39,20 +42,26 @@ class TextData:
 
 
 def encode(lines: dict[str, list[list[str]]]) -> TextData:
-    """Splits of lines of tokens, with <eos> after each; the vocabulary is the training split's, the rest <unk>."""
+    """Token indices of the splits, given as lines of tokens; each line ends with <eos>.
+
+    The vocabulary is the training split's; any other token becomes <unk>.
+    """
     index = {END: 0, UNKNOWN: 1}
     for line in lines["train"]:
         for token in line:
             index.setdefault(token, len(index))
     ids = {}
     for split in SPLITS:
-        flat = (token for line in lines[split] for token in (*line, END))
-        ids[split] = torch.tensor([index[END], *(index.get(token, index[UNKNOWN]) for token in flat)])
+        indices = [index[END]]
+        for line in lines[split]:
+            indices += [index.get(token, index[UNKNOWN]) for token in line]
+            indices.append(index[END])
+        ids[split] = torch.tensor(indices)
     return TextData(ids["train"], ids["valid"], ids["test"], list(index))
 
 
 def read(path: Path, tokens: str) -> list[list[str]]:
-    """The file's lines as words or characters. ValueError for what is missing, empty or not UTF-8."""
+    """The file's lines, each a list of words or characters. ValueError if it is missing, empty or not UTF-8."""
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -70,64 +79,72 @@ def text_folder(root: Path, tokens: str) -> TextData:
 
 
 def ptb(root: Path, tokens: str) -> TextData:
-    """Mikolov's Penn Treebank: ptb.train.txt or train.txt and so on under root or root/ptb, else downloaded there."""
+    """Mikolov's Penn Treebank: ptb.train.txt or train.txt etc. in root or root/ptb; downloaded if missing."""
     return encode({split: read(_ptb_file(root, split), tokens) for split in SPLITS})
 
 
 def _ptb_file(root: Path, split: str) -> Path:
-    names = (f"ptb.{split}.txt", f"{split}.txt")
-    for path in (folder / name for folder in (root, root / "ptb") for name in names):
+    published, short = f"ptb.{split}.txt", f"{split}.txt"
+    downloaded = root / "ptb" / published
+    for path in (root / published, root / short, downloaded, root / "ptb" / short):
         if path.is_file():
             if not check_md5(str(path), PTB_MD5[split]):
-                print(f"{path}: not the Penn Treebank that the paper uses (other md5)", file=sys.stderr)
+                print(f"{path}: not the Penn Treebank of the paper (its md5 differs)", file=sys.stderr)
             return path
     try:
-        download_url(f"{PTB_URL}/{names[0]}", str(root / "ptb"), names[0], PTB_MD5[split])
+        download_url(f"{PTB_URL}/{published}", str(root / "ptb"), published, PTB_MD5[split])
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"ptb: {names[0]} not in {root} and not to be downloaded ({reason}); put it there, or try --dataset pydoc"
+            f"ptb: {published} not in {root} and could not be downloaded ({first_line(error)}); "
+            "put it there, or try --dataset pydoc"
         ) from None
-    return root / "ptb" / names[0]
+    return downloaded
 
 
 def pydoc(root: Path, tokens: str) -> TextData:
-    """The language reference inside every Python (differs between versions); needs no download.
+    """The language reference inside every Python; needs no download, and differs between versions of Python.
 
-    Its distinct paragraphs, in lower case, words and punctuation apart: of every ten, one for validation and one for
-    the test. As in the Penn Treebank, rare words (fewer than three times in the training split) are <unk>.
+    Distinct paragraphs in lower case, with words and punctuation as tokens. Of every ten paragraphs one is for
+    validation and one for testing. As in the Penn Treebank, rare words (fewer than three times in the training split)
+    are <unk>.
     """
     from pydoc_data.topics import topics
 
-    paragraphs: dict[str, None] = {}  # a dict keeps their order
+    paragraphs: dict[str, None] = {}  # a dict drops duplicates and keeps the order
     for name in sorted(topics):
-        for paragraph in re.split(r"\n\s*\n", topics[name]):
-            paragraphs.setdefault(" ".join(paragraph.lower().split()))
+        for text in re.split(r"\n\s*\n", topics[name]):
+            paragraph = " ".join(text.lower().split())
+            if paragraph:
+                paragraphs[paragraph] = None
     lines: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
-    for number, paragraph in enumerate(filter(None, paragraphs)):
+    for number, paragraph in enumerate(paragraphs):
         units = re.findall(r"\w+|[^\w\s]+", paragraph) if tokens == "word" else list(paragraph)
-        lines[{8: "valid", 9: "test"}.get(number % 10, "train")].append(units)
-    count = Counter(token for line in lines["train"] for token in line)
-    return encode({
-        split: [[token if count[token] >= 3 else UNKNOWN for token in line] for line in lines[split]]
-        for split in SPLITS
-    })
+        split = {8: "valid", 9: "test"}.get(number % 10, "train")
+        lines[split].append(units)
+    count = Counter(itertools.chain.from_iterable(lines["train"]))
+    for split in SPLITS:
+        lines[split] = [_without_rare(line, count) for line in lines[split]]
+    return encode(lines)
+
+
+def _without_rare(line: list[str], count: Counter[str]) -> list[str]:
+    return [token if count[token] >= 3 else UNKNOWN for token in line]
 
 
 # ---------------------------------------------------------------------------------------------- the task
 
 
 class Batch(NamedTuple):
-    inputs: Tensor  # (length, columns) token indices; the columns are this rank's share
+    inputs: Tensor  # (length, columns) token indices; the columns are this rank's shard
     targets: Tensor  # (length, columns), the tokens that follow; −100 where a column has ended
-    size: int  # the number of targets that count, those of all ranks
-    first: bool  # whether the text begins here, with a state of zeros
+    size: int  # the number of targets that count, over all ranks
+    first: bool  # whether the text begins here, with a hidden state of zeros
 
 
 class Columns:
-    """A text cut into contiguous columns that are read side by side, in pieces of up to `length` rows.
+    """A text cut into `number` contiguous columns of equal length, read side by side in pieces of `length` rows.
 
-    Every token but the context at the beginning is a target exactly once; columns differ by one row at most.
+    Every token except the context in front is a target exactly once. Columns differ by at most one row.
     """
 
     def __init__(self, ids: Tensor, number: int, length: int, device: torch.device):
@@ -137,27 +154,31 @@ class Columns:
         place = edges[:-1] + torch.arange(rows)[:, None]  # (rows, columns)
         ended = place >= edges[1:]
         self.number, self.length = number, length
-        self.missing = int(ended.sum())  # all of the missing lie in the last row
+        self.missing = int(ended.sum())  # targets missing from the last row, which alone has gaps
         place.clamp_(max=total - 1)
-        mine, is_duplicate = shard(number)
-        self.inputs = ids[place[:, mine]].to(device)
-        self.targets = ids[place[:, mine] + 1].masked_fill(ended[:, mine] | is_duplicate, -100).to(device)
+        own, is_duplicate = shard(number)
+        targets = ids[place[:, own] + 1].masked_fill(ended[:, own], -100)
+        if is_duplicate:
+            targets.fill_(-100)
+        self.inputs, self.targets = ids[place[:, own]].to(device), targets.to(device)
         self.num_pieces = -(-rows // length)
 
     def piece(self, index: int) -> Batch:
-        """The index-th piece of the endless stream over the text."""
+        """Piece number `index` of the endless stream over the text."""
         place = index % self.num_pieces
         rows = slice(place * self.length, (place + 1) * self.length)
         targets = self.targets[rows]
-        size = len(targets) * self.number - (self.missing if place == self.num_pieces - 1 else 0)
+        size = len(targets) * self.number
+        if place == self.num_pieces - 1:
+            size -= self.missing
         return Batch(self.inputs[rows], targets, size, first=place == 0)
 
 
 class TextTask:
-    """Language modelling as the loop meets it: contiguous batches, with the LSTM's state carried and detached.
+    """Language modelling as the training loop sees it: contiguous batches, each with the last one's hidden state.
 
-    The meta stream is the validation split, cycling with a carried state of its own. Raises ValueError for a split
-    that is shorter than one batch.
+    The meta batches are the validation split, read again and again. Raises ValueError for a split that is shorter
+    than one batch.
     """
 
     perplexity = True
@@ -178,10 +199,13 @@ class TextTask:
         splits = {"train": data.train, "valid": data.valid, "test": data.test}
         if batch_size < world_size():
             raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
-        for flag, split, limit in (("train", "train", limit_train), ("test", "test", limit_test)):
-            if limit is not None and not 1 <= limit < len(splits[split]):
-                raise ValueError(f"--limit-{flag} {limit}: from 1 to {len(splits[split]) - 1} tokens are there")
-            splits[split] = splits[split][: None if limit is None else limit + 1]
+        for split, limit in (("train", limit_train), ("test", limit_test)):
+            if limit is None:
+                continue
+            tokens = len(splits[split]) - 1
+            if not 1 <= limit <= tokens:
+                raise ValueError(f"--limit-{split} {limit}: must be from 1 to {tokens}, the tokens available")
+            splits[split] = splits[split][: limit + 1]
         for split, columns in (("train", batch_size), ("valid", batch_size), ("test", evaluation_columns)):
             if len(splits[split]) - 1 < columns * seq_len:
                 raise ValueError(
@@ -190,26 +214,31 @@ class TextTask:
                 )
         self.train = Columns(splits["train"], batch_size, seq_len, device)
         self.meta = Columns(splits["valid"], batch_size, seq_len, device)
-        # Deviation: the authors read the test text in one column; ten are faster, and cost nine cold starts.
+        # Deviation: the authors read the test text in one column. Ten are faster; nine more tokens lack their context.
         self.valid = Columns(splits["valid"], evaluation_columns, seq_len, device)
         self.test = Columns(splits["test"], evaluation_columns, seq_len, device)
         self.num_classes, self.autocast = len(data.vocabulary), autocast
         self.steps_per_epoch = self.train.num_pieces
+        self._fingerprint = _fingerprint(list(splits.values()), data.vocabulary)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that identify the tokens of the splits and the vocabulary; the same on every rank."""
+        return self._fingerprint
 
     def train_batches(self, start: int) -> Iterator[Batch]:
-        """The endless stream of training batches from global step `start` on, over and over the text."""
+        """The endless stream of training batches from global step `start` on; every epoch reads the text once."""
         return map(self.train.piece, itertools.count(start))
 
     def meta_batches(self, start: int) -> Iterator[Batch]:
-        """The endless stream of batches of the validation text, over and over, from number `start` on."""
+        """The endless stream of batches of the validation text, from batch number `start` on."""
         return map(self.meta.piece, itertools.count(start))
 
-    def loss(self, network: nn.Module, batch: Batch, hidden: Any) -> tuple[Tensor, Tensor, Any]:
-        """Mean negative log-likelihood (0-d), the share of tokens guessed in %, and the detached state to hidden on."""
+    def loss(self, network: nn.Module, batch: Batch, hidden: Hidden) -> tuple[Tensor, Tensor, Hidden]:
+        """The batch's mean negative log-likelihood (0-d), its accuracy in %, and the next hidden state, detached."""
         if batch.first:
             hidden = None
         elif hidden is not None:
-            hidden = tuple(state.to(batch.inputs.device) for state in hidden)  # a checkpoint's lie on the CPU
+            hidden = tuple(state.to(batch.inputs.device) for state in hidden)  # a checkpoint's are on the CPU
         with self.autocast():
             logits, hidden = network(batch.inputs, hidden)
         logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
@@ -219,7 +248,7 @@ class TextTask:
         return loss, accuracy, tuple(state.detach() for state in hidden)
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Perplexity on the validation and the test text, each over all of its tokens; the mode is restored."""
+        """Perplexity of the validation and the test text, over all of their tokens. Restores the network's mode."""
         test_loss = self._mean_loss(network, self.test)
         valid_ppl = perplexity(self.validate(network))
         return {"valid_ppl": valid_ppl, "test_loss": test_loss, "test_ppl": perplexity(test_loss)}
@@ -229,14 +258,16 @@ class TextTask:
         return self._mean_loss(network, self.valid)
 
     def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:
-        """The epoch's training columns from its mean loss and accuracy (%)."""
+        """The training columns of metrics.csv, from the epoch's mean loss and accuracy (%)."""
         return {"train_loss": loss, "train_ppl": perplexity(loss)}
 
     @torch.no_grad()
     def _mean_loss(self, network: nn.Module, columns: Columns) -> float:
+        """The mean negative log-likelihood of the text, with the hidden state carried through."""
         training = network.training
         network.eval()
-        total, number, hidden = 0.0, 0, None
+        total, number = 0.0, 0
+        hidden: Hidden = None
         for index in range(columns.num_pieces):
             batch = columns.piece(index)
             loss, _, hidden = self.loss(network, batch, hidden)
@@ -246,6 +277,14 @@ class TextTask:
         return all_reduce_sum(total)[0] / number
 
 
+def _fingerprint(splits: list[Tensor], vocabulary: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(vocabulary).encode())
+    for ids in splits:
+        digest.update(str(len(ids)).encode())
+        digest.update(ids.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is beyond a float."""
+    """exp(loss), or infinity if a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf

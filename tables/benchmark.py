@@ -1,4 +1,4 @@
-"""Measure what the method costs on this machine: the variants take turns, and every figure is a median over the rounds.
+"""Measure what the method costs on this machine: the variants take turns, and every number is a median over the rounds.
 
 A meta step against a plain step and against a textbook lookahead, in time and memory; whole epochs; precisions; the
 input pipeline; what the loop and MLR-SNet add to the network's own work. To add a measurement: a function from the
@@ -40,6 +40,7 @@ from models import IMAGE_NETWORKS, build_network  # noqa: E402
 from utils import (  # noqa: E402
     autocast,
     build_optimizer,
+    choose_algorithms,
     number,
     peak_memory_mib,
     pick_device,
@@ -58,9 +59,9 @@ MOST_ROUNDS = {"memory": 3, "epoch": 3}  # each takes long, and varies little
 
 Step = Callable[[], Any]  # takes one step of a variant
 Loss = Callable[[Any], Tensor]  # of a network, or of what is called like one
-Columns = dict[str, list[float]]  # a figure's name -> its value in every round
-Rows = dict[str, Columns]  # variant -> its figures by column, named with their unit
-Measured = tuple[str, Rows]  # one sentence on how it was measured, and the figures
+Columns = dict[str, list[float]]  # a column's name -> its value in every round
+Rows = dict[str, Columns]  # variant -> its numbers by column, named with their unit
+Measured = tuple[str, Rows]  # one sentence on how it was measured, and the numbers
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Setting:
     task: Any
 
 
-# ---------------------------------------------------------------------------------------------- clock and figures
+# ---------------------------------------------------------------------------------------------- clock and numbers
 
 
 def seconds(step: Step, times: int, device: torch.device) -> float:
@@ -297,7 +298,7 @@ def memory(setting: Setting) -> Measured:
     for _ in range(rounds_of("memory", setting.args)):
         for name, values in peaks.items():
             values.append(added_memory_mib(setting, name) if on_gpu else in_a_fresh_process(setting.args, name))
-    where = "allocated on the GPU" if on_gpu else "resident, in a fresh process for every figure"
+    where = "allocated on the GPU" if on_gpu else "resident, in a fresh process for every number"
     how = f"Peak memory of the steps of meta-step, {where}, less what was held before the network was built."
     return how, relative(peaks, "MiB")
 
@@ -422,13 +423,13 @@ MEASUREMENTS: dict[str, Callable[[Setting], Measured]] = {
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def cell(column: str, figure: dict[str, Any] | None) -> str:
+def cell(column: str, measured: dict[str, Any] | None) -> str:
     """The median and, where the rounds differ, the quartiles."""
-    if figure is None:
+    if measured is None:
         return "–"
     median, low, high = (
         format(value, ".2f" if column == "ratio" else ",.0f" if abs(value) >= 1000 else ".3g")
-        for value in (figure["median"], *figure["quartiles"])
+        for value in (measured["median"], *measured["quartiles"])
     )
     return median if low == high else f"{median} ({low} to {high})"
 
@@ -443,10 +444,10 @@ def markdown(record: dict[str, Any], command: str) -> str:
         "ratios are taken round by round.", "",
     ]
     for name, measurement in record["measurements"].items():
-        figures = measurement["figures"]
-        columns = list(dict.fromkeys(column for row in figures.values() for column in row))
+        numbers = measurement["figures"]
+        columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
         table = [["variant", *columns], ["---"] * (1 + len(columns))]
-        table += [[variant, *(cell(column, row.get(column)) for column in columns)] for variant, row in figures.items()]
+        table += [[variant, *(cell(column, row.get(column)) for column in columns)] for variant, row in numbers.items()]
         lines += [f"## {name}", "", f"{measurement['how']} {measurement['rounds']} rounds.", ""]
         lines += ["| " + " | ".join(row) + " |" for row in table] + [""]
     lines.append(
@@ -488,8 +489,8 @@ def measure(setting: Setting, command: str) -> dict[str, Any]:
     for name in args.only or MEASUREMENTS:
         print(f"measuring {name}", file=sys.stderr)
         how, rows = MEASUREMENTS[name](setting)
-        figures = {key: {column: summary(values) for column, values in row.items()} for key, row in rows.items()}
-        record["measurements"][name] = {"how": how, "rounds": rounds_of(name, args), "figures": figures}
+        numbers = {key: {column: summary(values) for column, values in row.items()} for key, row in rows.items()}
+        record["measurements"][name] = {"how": how, "rounds": rounds_of(name, args), "figures": numbers}
         write_atomically(args.out / "benchmark.json", json.dumps(record, indent=1).encode())
         write_atomically(args.out / "benchmark.md", markdown(record, command).encode())
     return record
@@ -500,6 +501,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "tables/benchmark.py", *(argv if argv is not None else sys.argv[1:])])
     with user_errors():
         device = pick_device(args.device)
+        choose_algorithms(deterministic=False)
         setting = Setting(args, device, build_images(args, device))
         if args.memory_of:
             print(added_memory_mib(setting, args.memory_of))

@@ -1,154 +1,150 @@
-"""The runs of a table: what each is, and how they are run side by side and taken up again."""
+"""Runs the cells of a table: side by side on this machine, or as jobs of a cluster. A done cell is not run again, and
+a stopped one resumes.
+"""
 
 import csv
-import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import Cell
 from tqdm import tqdm
 
-from utils import ROOT, read_text, write_atomically
-
-ADAM = ("--optimizer", "adam")
-METHODS: dict[str, tuple[str, ...]] = {  # the script and its arguments
-    "ours (train)": ("meta-train",),
-    "ours (transfer)": ("meta-test", "--schedule", "mlr-snet"),
-    # Learned without momentum; 0.9 makes a step ten times as long, and γ begins at 0.67 where there are ten classes.
-    "ours (transfer) gamma 0.067": ("meta-test", "--schedule", "mlr-snet", "--gamma", "0.067"),
-    "ours (transfer) average": ("meta-test", "--schedule", "mlr-snet", "--nets", "average"),
-    "fixed": ("meta-test", "--schedule", "fixed"),
-    "fixed 0.4": ("meta-test", "--schedule", "fixed", "--lr", "0.4"),
-    "fixed 5": ("meta-test", "--schedule", "fixed", "--lr", "5"),
-    "multistep": ("meta-test", "--schedule", "multistep"),
-    "exponential": ("meta-test", "--schedule", "exponential"),
-    "cosine": ("meta-test", "--schedule", "cosine"),
-    "cosine 0.5": ("meta-test", "--schedule", "cosine", "--lr", "0.5"),
-    "sgdr": ("meta-test", "--schedule", "sgdr"),
-    "onecycle": ("meta-test", "--schedule", "onecycle"),
-    "adam": ("meta-test", "--schedule", "fixed", *ADAM),
-    "sgd+val": ("meta-test", "--schedule", "val"),
-    "adam+val": ("meta-test", "--schedule", "val", *ADAM),
-    "hd": ("meta-test", "--schedule", "hd"),
-    "hd-adam": ("meta-test", "--schedule", "hd", *ADAM),
-    "rtho": ("meta-test", "--schedule", "rtho"),
-    "l4mom": ("meta-test", "--schedule", "l4mom"),
-    "l4adam": ("meta-test", "--schedule", "l4adam"),
-    "schedule-free": ("meta-test", "--schedule", "schedule-free"),
-    "schedule-free-adamw": ("meta-test", "--schedule", "schedule-free", "--optimizer", "adamw"),
-    "prodigy": ("meta-test", "--schedule", "prodigy", *ADAM),
-    **{f"{point} {t_val}": ("meta-train", "--meta-point", point, "--t-val", str(t_val))
-       for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)},
-    # Twice the γ that the loss gives: of ten classes, and of some hundred characters.
-    **{f"average 10 gamma {gamma}": ("meta-train", "--meta-point", "average", "--t-val", "10", "--gamma", gamma)
-       for gamma in ("1.34", "17")},
-}
-KNOWS_ITS_LENGTH = (
-    "ours (train)", "ours (transfer)", "ours (transfer) gamma 0.067", "multistep", "cosine", "cosine 0.5", "onecycle",
-)
+from utils import FolderLock, read_text, write_atomically
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A method on one line of the table with one seed: a run, or the first epochs of one that longer lines share."""
+class CellRun:
+    """Runs one cell to its end. Two never run at once: each run locks its folder, and a locked folder is waited for."""
 
-    group: str
-    method: str
-    seed: int
-    arguments: tuple[tuple[str, str], ...]  # of the run: flag and value, "" for a flag without one
-    num_epochs: int  # that count here
+    def __init__(self, name: str, command: list[str], folder: Path, threads: int):
+        self.name, self.command, self.folder, self.threads = name, command, folder, threads
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all epochs of the run count here."""
-        return self.num_epochs == int(dict(self.arguments)["num-epoch"])
+    def __call__(self) -> str:
+        """Run the cell, from where it was stopped; return "", or in one line why it cannot run."""
+        while self._wait_for_others():
+            code, lines = self._start()
+            diverged = [line for line in lines if line.startswith("diverged")]
+            if code == 0 or diverged:
+                status = {"status": "diverged" if diverged else "done", "message": "\n".join(diverged)}
+                write_atomically(self.folder / "status.json", json.dumps(status).encode())
+            elif not self.stopped and not self._holder():  # a holder was faster, and is waited for
+                reason = lines[-1] if lines else f"exit status {code}"
+                return f"{self.name}: {reason} (command: {shlex.join(['python', *self.command])})"
+        return ""
 
-    @property
-    def command(self) -> list[str]:
-        script, *own = METHODS[self.method]
-        flags = [word for flag, value in self.arguments for word in ([f"--{flag}", value] if value else [f"--{flag}"])]
-        return [str(ROOT / script / f"{script}.py"), *flags, *own, "--seed", str(self.seed)]
+    def stop(self) -> None:
+        """End the run at its next checkpoint."""
+        self.stopped = True
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
 
-    @property
-    def name(self) -> str:
-        """The folder of the run."""
-        key = hashlib.sha256(json.dumps([METHODS[self.method], self.arguments]).encode()).hexdigest()[:8]
-        pair = [dict(self.arguments)[flag] for flag in ("network", "dataset")]
-        method = self.method.replace("(", "").replace(")", "").split()
-        return "_".join([*pair, *method, key, str(self.seed)])
+    def _wait_for_others(self) -> bool:
+        """Wait while another process has the folder, such as a run that outlived its table; whether to run now."""
+        said = ""
+        while not self.stopped and not (self.folder / "status.json").exists():
+            holder = self._holder()
+            if not holder:
+                return True
+            if holder != said:
+                tqdm.write(f"waiting: {holder}", file=sys.stderr)
+                said = holder
+            time.sleep(1)
+        return False
+
+    def _holder(self) -> str:
+        """Who has the folder, in a sentence; "" where nobody does."""
+        if not self.folder.exists():
+            return ""
+        try:
+            with FolderLock(self.folder):
+                return ""
+        except ValueError as error:
+            return str(error).split("; wait for it")[0]
+
+    def _start(self) -> tuple[int, list[str]]:
+        """Run the script to its end; its exit status and what it wrote to stderr."""
+        command = [sys.executable, *self.command]
+        if (self.folder / "args.json").exists():
+            command = [*command[:2], "--resume"]
+        with tempfile.TemporaryFile("w+") as errors:  # a pipe would break a run that outlives this process
+            self.process = subprocess.Popen(
+                [*command, "--out", str(self.folder)], stdout=subprocess.DEVNULL, stderr=errors,
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                start_new_session=True,  # a Ctrl-C reaches the run through stop() alone
+            )
+            if self.stopped:  # while it was being started
+                self.process.terminate()
+            code = self.process.wait()
+            errors.seek(0)
+            return code, errors.read().strip().splitlines()
 
 
 class Race:
-    """Runs cells side by side, each in its own folder; what is done stays done, what was stopped goes on."""
+    """The runs of a table's cells, each in a folder of its own, and what lies in those folders."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
         self.cells, self.folder, self.jobs = cells, folder, jobs
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)  # processes that fight for the cores are far slower
-        self.processes: list[subprocess.Popen[str]] = []
+        self.runs: list[CellRun] = []
         self.stopped = False
 
     def run(self) -> None:
-        """Run what is not done. ValueError with the script's own line where a cell cannot run."""
+        """Run what is not done. ValueError with the script's own line and command where a cell cannot run."""
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
-        runs = list({cell.name: cell for cell in self.cells if cell.is_whole}.values())  # each once
-        bar = tqdm(total=sum(cell.num_epochs for cell in runs), unit="epoch", disable=None)
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)  # processes that compete for the cores are far slower
+        whole = list({cell.name: cell for cell in self.cells if cell.is_whole}.values())  # each once
+        self.runs = [CellRun(cell.name, cell.command, self.folder / cell.name, threads) for cell in whole]
+        bar = tqdm(total=sum(cell.num_epochs for cell in whole), unit="epoch", disable=None)
         with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = [pool.submit(self._run, cell) for cell in runs]
-            while wait(waiting, timeout=10).not_done:  # it reads all runs, and the cores are wanted
-                bar.update(sum(len(self.rows(cell)) for cell in runs) - bar.n)
+            waiting = [pool.submit(self._run, run) for run in self.runs]
+            while wait(waiting, timeout=10).not_done:  # reading all runs takes time that they need
+                bar.update(sum(len(self.rows(cell)) for cell in whole) - bar.n)
         bar.close()
         for future in waiting:
-            future.result()
+            if future.result():
+                raise ValueError(future.result())
 
-    def _run(self, cell: Cell) -> None:
-        out = self.folder / cell.name
-        if self.stopped or (out / "status.json").exists():
-            return
-        command = [sys.executable, *cell.command]
-        if (out / "args.json").exists():
-            command = [*command[:2], "--resume"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        process = subprocess.Popen(
-            [*command, "--out", str(out)], env=environment, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C reaches the cells through _stop alone
-        )
-        self.processes.append(process)
-        errors = (process.communicate()[1].strip().splitlines() or [""])[-1]
-        if process.returncode == 0 or errors.startswith("diverged"):
-            status = {"status": "diverged" if errors.startswith("diverged") else "done", "message": errors}
-            write_atomically(out / "status.json", json.dumps(status).encode())
-        elif not self.stopped:
+    def _run(self, run: CellRun) -> str:
+        """Run one cell; one that cannot run stops the others."""
+        reason = run()
+        if reason:
             self._stop()
-            raise ValueError(f"{cell.name}: {errors or f'exit status {process.returncode}'}")
+        return reason
 
     def _stop(self, number: int = 0, frame: Any = None) -> None:
         self.stopped = True
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()  # it writes a checkpoint
+        for run in self.runs:
+            run.stop()
 
     def rows(self, cell: Cell) -> list[dict[str, float]]:
         """metrics.csv so far, up to the last epoch that counts."""
         return self._all_rows(cell)[: cell.num_epochs]
 
     def _all_rows(self, cell: Cell) -> list[dict[str, float]]:
-        lines = csv.DictReader(io.StringIO(read_text(self.folder / cell.name / "metrics.csv")))
-        return [{name: float(value) for name, value in line.items()} for line in lines]
+        rows = []
+        for line in csv.DictReader(io.StringIO(read_text(self.folder / cell.name / "metrics.csv"))):
+            rows.append({name: float(value) for name, value in line.items()})
+        return rows
 
     def cost(self, cell: Cell) -> dict[str, float]:
         """cost.json, with the passes of the epochs that count."""
         cost = self.record(cell, "cost.json")
         share = cell.num_epochs / len(self._all_rows(cell))
-        return {name: value * share if name.endswith("_passes") else value for name, value in cost.items()}
+        for name in cost:
+            if name.endswith("_passes"):
+                cost[name] *= share
+        return cost
 
     def record(self, cell: Cell, name: str) -> dict[str, Any]:
         """A JSON file of a cell's folder."""

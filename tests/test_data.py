@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def digits_task(**options):
     return build_task("digits", Path(), **{"seed": 3, "batch_size": 64, "device": torch.device("cpu"), **options})
 
 
-def test_the_meta_set_is_balanced_and_apart_from_the_training_set():
+def test_the_meta_set_is_balanced_and_disjoint_from_the_training_set():
     task = digits_task(num_meta=100, limit_train=500)
     assert not set(task.meta_indices.tolist()) & set(task.train_indices.tolist())
     assert task.train.labels[task.meta_indices].bincount().tolist() == [10] * 10
@@ -29,7 +30,7 @@ def test_the_meta_set_is_balanced_and_apart_from_the_training_set():
 
 
 @pytest.mark.parametrize("start", [1, 7, 8, 20])
-def test_a_stream_begun_at_any_step_gives_the_same_batches(start):
+def test_a_stream_started_at_any_step_gives_the_same_batches(start):
     task = digits_task(limit_train=500)
     task.train.augment = True
     whole = task.train_batches(0)
@@ -40,7 +41,7 @@ def test_a_stream_begun_at_any_step_gives_the_same_batches(start):
 
 
 @pytest.mark.parametrize("options", [{"num_meta": 1437}, {"limit_train": 2000}, {"limit_test": 361}, {"batch_size": 0}])
-def test_sizes_that_the_data_cannot_give_are_refused(options):
+def test_sizes_that_the_data_do_not_allow_are_refused(options):
     with pytest.raises(ValueError, match="[0-9]"):
         digits_task(**options)
 
@@ -60,7 +61,18 @@ def test_class_folders_are_read_and_resized(tmp_path, splits):
     assert len(task.test_indices) == (20 if len(splits) == 2 else 4)
 
 
-def test_data_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
+def test_the_fingerprint_is_the_same_for_the_same_data_and_differs_for_any_other():
+    reference = digits_task(num_meta=100).fingerprint()
+    assert reference == digits_task(num_meta=100, batch_size=32).fingerprint()
+    assert len({reference, *(digits_task(**options).fingerprint() for options in
+                             ({}, {"num_meta": 100, "seed": 4}, {"num_meta": 100, "limit_test": 50},
+                              {"num_meta": 100, "image_size": 16}))}) == 5
+    task = digits_task(num_meta=100)
+    task.train.images[5, 0, 3, 3] += 1
+    assert task.fingerprint() != reference
+
+
+def test_data_that_are_not_available_are_one_clear_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("no network\nmore")
 
@@ -113,6 +125,19 @@ def test_a_streamed_data_set_gives_the_same_batches_from_any_step_and_with_any_n
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_fingerprint_of_a_streamed_data_set_depends_on_its_files_and_not_on_their_place(streamed_roots, tmp_path):
+    def fingerprint(root):
+        return build_task("imagenet", root, image_size=16, seed=1, batch_size=4, num_meta=4, workers=0,
+                          device=torch.device("cpu")).fingerprint()
+
+    moved = shutil.copytree(streamed_roots["imagenet"], tmp_path / "moved")
+    reference = fingerprint(streamed_roots["imagenet"])
+    assert fingerprint(moved) == reference
+    with open(next(moved.rglob("*.JPEG")), "ab") as file:
+        file.write(b"\0")
+    assert fingerprint(moved) != reference
+
+
 def test_the_annotations_of_tinyimagenet_name_the_classes_of_its_test_images(streamed_roots):
     read = tinyimagenet(streamed_roots["tinyimagenet"], None, 0)
     assert [label for _, label in read.test] == [int(Path(file).stem[4:]) % 3 for file, _ in read.test]
@@ -130,10 +155,10 @@ def test_an_epoch_on_a_streamed_data_set_runs_with_workers(streamed_roots, tmp_p
 
 @pytest.mark.parametrize(("name", "spoil", "message"), [
     ("tinyimagenet", lambda root: (root / "tiny-imagenet-200").mkdir(), "expected class folders"),
-    ("tinyimagenet", lambda root: None, "not to be downloaded"),
+    ("tinyimagenet", lambda root: None, "could not be downloaded"),
     ("imagenet", lambda root: None, "train: expected class folders"),
 ])
-def test_a_streamed_data_set_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch, name, spoil, message):
+def test_a_streamed_data_set_that_is_missing_is_one_clear_line(tmp_path, monkeypatch, name, spoil, message):
     def refuse(*args, **kwargs):
         raise OSError("no network\nmore")
 

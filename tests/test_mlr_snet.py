@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -335,19 +334,3 @@ def test_a_scheduler_resumes_to_the_bit():
         first.step(loss)
     second.load_state_dict(first.state_dict())
     assert [(second.step(loss), second.get_last_lr())[1] for loss in losses[5:]] == expected[5:]
-
-
-def test_the_loop_in_the_readme_trains_under_the_shipped_schedules():
-    readme = (HERE.parent / "README.md").read_text()
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 10))
-    names = {
-        "functional": nn.functional,
-        "network": network,
-        "optimizer": torch.optim.SGD(network.parameters(), lr=1.0),
-        "loader": [(torch.randn(20, 1, 2, 2), torch.arange(20) % 10)],
-    }
-    exec(readme.split("```python\n")[1].split("```")[0], names)
-    first = lr_scale(math.log(10), 10)
-    assert 0 < names["schedule"].get_last_lr()[0] < first and names["schedule"].num_steps == 90
-    assert names["loss"] < math.log(10)

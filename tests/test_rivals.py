@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from baselines import HD, L4, RTHO, L4Adam, build_baseline
+from baselines import HD, L4, RTHO, L4Adam, build_baseline, twice_differentiable
 from data.meta_stream import MetaStream
 
 STEPS = 6
@@ -99,6 +99,42 @@ def test_rtho_follows_the_derivative_of_the_validation_loss_through_all_steps(mo
         assert rates[last] == pytest.approx(max(0.0, rates[last - 1] - 1e-3 * slope), rel=1e-8)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0)
+
+    def forward(self, points):
+        return self.layer(points).sum(1, keepdim=True)
+
+
+def test_rtho_differentiates_attention_twice():
+    torch.manual_seed(0)
+    network = Attention().double()
+    stream = MetaStream(Points(), network)
+    _, schedule = build_baseline("rtho", "sgd", network, Points(), 2, 0.05, beta=1e-3, meta_loss=stream)
+    with twice_differentiable(network):
+        rates, _ = drive(schedule, network, 3)
+    assert len(set(rates)) > 1
+
+
+def test_building_rtho_leaves_cudnn_as_it_is():
+    network = nn.LSTM(3, 3)
+    build_baseline("rtho", "sgd", network, Points(), 2, 0.05, meta_loss=MetaStream(Points(), network))
+    assert torch.backends.cudnn.enabled
+    with twice_differentiable(network):
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled
+
+
+def test_the_state_of_another_schedule_is_refused():
+    network = small_network()
+    _, fixed = build_baseline("fixed", "sgd", network, Points(), 2)
+    _, hd = build_baseline("hd", "sgd", network, Points(), 2)
+    with pytest.raises(ValueError, match="not the state of a HD: missing or unknown last_directions, lr"):
+        hd.load_state_dict(fixed.state_dict())
+
+
 def test_rtho_works_beside_batch_norm_and_leaves_its_statistics_to_the_training_batches():
     def statistics(name):
         torch.manual_seed(0)
@@ -117,24 +153,25 @@ def test_l4_equals_its_update_equations(kind):
     network = small_network()
     rates, weights = drive(kind(torch.optim.SGD(network.parameters(), lr=0.1), 2, 3), network)
     point = [weight.clone() for weight in weights[0]]
-    first = second = [torch.zeros_like(weight) for weight in point]
-    lowest = None
+    exp_avg = exp_avg_sq = [torch.zeros_like(weight) for weight in point]
+    min_loss = None
     for number in range(STEPS):
         assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(point, weights[number], strict=True))
         point = [weight.detach().requires_grad_() for weight in point]
         loss = unrolled_loss(number, point)
         gradients = torch.autograd.grad(loss, point)
         value = loss.item()
-        lowest = 0.75 * value if lowest is None else min(lowest, value)
-        first = [0.9 * old + 0.1 * gradient for old, gradient in zip(first, gradients, strict=True)]
-        second = [0.999 * old + 0.001 * gradient**2 for old, gradient in zip(second, gradients, strict=True)]
-        mean = [old / (1 - 0.9 ** (number + 1)) for old in first]
-        roots = [(old / (1 - 0.999 ** (number + 1))).sqrt() + 1e-4 for old in second]
+        min_loss = 0.75 * value if min_loss is None else min(min_loss, value)
+        exp_avg = [0.9 * old + 0.1 * gradient for old, gradient in zip(exp_avg, gradients, strict=True)]
+        squares = [gradient**2 for gradient in gradients]
+        exp_avg_sq = [0.999 * old + 0.001 * square for old, square in zip(exp_avg_sq, squares, strict=True)]
+        mean = [old / (1 - 0.9 ** (number + 1)) for old in exp_avg]
+        roots = [(old / (1 - 0.999 ** (number + 1))).sqrt() + 1e-4 for old in exp_avg_sq]
         direction = [m / root for m, root in zip(mean, roots, strict=True)] if kind is L4Adam else mean
         product = sum((m * v).sum().item() for m, v in zip(mean, direction, strict=True))
-        lr = 0.15 * (value - 0.9 * lowest) / (product + 1e-12)
+        lr = 0.15 * (value - 0.9 * min_loss) / (product + 1e-12)
         assert rates[number] == pytest.approx(lr, rel=1e-9)
-        lowest *= 1.001
+        min_loss *= 1.001
         point = [weight.detach() - lr * v for weight, v in zip(point, direction, strict=True)]
 
 
@@ -201,8 +238,9 @@ def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, 
     ("prodigy", "sgd", 0.0),
 ])
 def test_a_rival_on_an_optimizer_that_it_cannot_drive_is_refused(name, kind, momentum):
+    network = small_network()
     with pytest.raises(ValueError, match="--optimizer"):
-        build_baseline(name, kind, small_network(), Points(), 2, momentum=momentum)
+        build_baseline(name, kind, network, Points(), 2, momentum=momentum, meta_loss=MetaStream(Points(), network))
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):

@@ -33,6 +33,7 @@ def run(script, *arguments, cwd=ROOT):
 class Done(NamedTuple):
     returncode: int
     stderr: str
+    stdout: str
 
 
 def call(capsys, script, *arguments):
@@ -44,7 +45,8 @@ def call(capsys, script, *arguments):
         status = module.main([str(argument) for argument in arguments])
     except SystemExit as exit:
         status = exit.code
-    return Done(status, capsys.readouterr().err)
+    printed = capsys.readouterr()
+    return Done(status, printed.err, printed.out)
 
 
 def results(folder):

@@ -2,7 +2,10 @@
 
 import csv
 import importlib.util
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,9 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cells import Cell, cells_of
 from PIL import Image
-from race import KNOWS_ITS_LENGTH, METHODS, Cell, Race
-from report import by_problem, summarise
+from race import CellRun, Race
+from report import by_problem, coloured, summarise
+from specs import KNOWS_ITS_LENGTH, METHODS, OLDER_NAMES, TABLES
+
+from utils import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tables" / "tables.py"
@@ -44,6 +51,13 @@ def start(name, out, *more):
     arguments = ["--table", name, "--preset", "smoke", "--jobs", "2", "--out", out, *more]
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
 
 
 def check(tables, name, out, image_folder, every):
@@ -88,9 +102,7 @@ def test_a_table_killed_and_started_again_gives_the_same_csv(tmp_path):
     left_alone.communicate(timeout=600)
     first = start("epochs", tmp_path / "killed", *arguments)
     runs = tmp_path / "killed" / "epochs-smoke" / "runs"
-    deadline = time.monotonic() + 120
-    while not list(runs.glob("*/metrics.csv")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: list(runs.glob("*/metrics.csv")))
     os.kill(first.pid, signal.SIGTERM)
     first.communicate(timeout=120)
     assert first.returncode == 130
@@ -129,7 +141,7 @@ def test_a_table_says_what_its_runs_say(tmp_path):
 
 
 @pytest.mark.parametrize("methods", [
-    ["average 3", "sgdr"],
+    ["MLR-SNet (learning, average, T_val 3)", "sgdr"],
     pytest.param([name for name in METHODS if name not in KNOWS_ITS_LENGTH], marks=pytest.mark.slow),
 ])
 def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_one(tmp_path, methods):
@@ -142,41 +154,151 @@ def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_o
     short, long = Race(cells("1"), tmp_path, 2), Race(cells("2"), tmp_path, 2)
     for race in (short, long):
         for cell in race.cells:
-            race._run(cell)
+            assert CellRun(cell.name, cell.command, tmp_path / cell.name, threads=1)() == ""
     for one, other in zip(short.cells, long.cells, strict=True):
         (row,), (begun,) = short.rows(one), long.rows(other)
         assert {**row, "seconds": 0} == {**begun, "seconds": 0}, one.method
 
 
-def test_a_long_run_serves_the_shorter_lines(tables):
-    cells = tables.cells_of(tables.TABLES["horizon"], "smoke", 1, ["average 3", "onecycle"], {})
-    shared, own = ([cell for cell in cells if cell.method == name] for name in ("average 3", "onecycle"))
+def test_a_long_run_serves_the_shorter_lines():
+    cells = cells_of(TABLES["horizon"], "smoke", 1, ["schedule-free", "onecycle"], {})
+    shared, own = ([cell for cell in cells if cell.method == name] for name in ("schedule-free", "onecycle"))
     assert len({cell.name for cell in shared}) == 1 and [cell.is_whole for cell in shared] == [False, True]
     assert len({cell.name for cell in own}) == 2 and all(cell.is_whole for cell in own)
 
 
-@pytest.mark.parametrize(
-    ("table", "change"), [("horizon", "num-epoch=2"), ("networks", "network=resnet8"), ("own", "x")]
-)
-def test_changes_that_cannot_be_are_one_line_and_status_2(tables, capsys, table, change):
+@pytest.mark.parametrize("table", ["cifar10-resnet-desk", "networks-desk", "horizon-desk", "horizon-text-desk",
+                                   "wikitext-2-lstm2"])
+def test_committed_results_are_found_by_their_command(tables, table):
+    folder = ROOT / "tables" / "results" / table
+    command = shlex.split(re.search("Command: `(.*?)`", (folder / "table.md").read_text())[1])
+    args = tables.parse_args(command[2:])
+    cells = cells_of(TABLES[args.table], args.preset, args.seeds, args.only, args.overrides)
+    assert {cell.name for cell in cells} == {run.name for run in (folder / "runs").iterdir()}
+
+
+def test_every_spec_names_methods_and_lines_that_exist():
+    assert set(OLDER_NAMES) <= set(METHODS) and not set(OLDER_NAMES.values()) & set(METHODS)
+    for table in TABLES.values():
+        named = [*table.methods, *table.text_methods, *table.only_in_t_val]
+        for line, numbers in table.published.items():
+            assert line in table.lines["paper"]
+            named += numbers
+        assert set(named) <= set(METHODS) and table.lines.keys() == table.presets.keys()
+
+
+def test_a_table_says_what_its_data_and_network_are():
+    folder = {"dataset": "folder", "data-root": "some/cifar10"}
+    (cell,) = cells_of(TABLES["cifar10-resnet"], "desk", 1, ["fixed"], folder)
+    assert cell.title == "ResNet-8 on CIFAR-10 images (class folder)" and cell.group == "resnet8 folder"
+    cells = cells_of(TABLES["horizon"], "desk", 1, ["fixed"], {})
+    assert cells[0].title == "ResNet-8 on CIFAR-10, 10 epochs"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--table", "horizon", "--set", "num-epoch=2"], "--set num-epoch: the lines of horizon differ in it"),
+    (["--table", "networks", "--set", "network=resnet8"], "--set network: the lines of networks differ in it"),
+    (["--table", "own", "--set", "x"], "--set x: give FLAG=VALUE"),
+    (["--table", "own", "--set", "num-epoch=abc"], "--set num-epoch: 'abc' is not a number at least 1"),
+    (["--table", "own", "--set", "num-epoch=3", "num-epoch=4"], "--set num-epoch: duplicate"),
+    (["--table", "own", "--set", "seed=1"], "--set seed: use --seeds"),
+    (["--table", "own", "--set", "out=x"], "--set out: use --out"),
+    (["--table", "own", "--set", "resume="], "--set resume: leave it out"),
+    (["--table", "own", "--set", "lr=0.2"], "--set lr: the method 'cosine 0.5' sets it"),
+    (["--table", "own", "--set", "colour=red"], "unrecognized arguments: --colour red"),
+    (["--table", "own", "--set", "batch-size=0"], "--batch_size: 0: must be at least 1"),
+    (["--table", "own", "--set", "wd="], "--wd: expected one argument"),
+    (["--table", "own", "--set", "help="], "prints help"),
+    (["--table", "own", "--target", "nan"], "--target: nan: must be at least 0"),
+    (["--table", "own", "--only", "nothing"], "invalid choice: 'nothing'"),
+    (["--table", "own", "--out", ""], "--out: give a folder"),
+    (["--table", "own", "--out", "x" * 300], "File name too long"),
+    (["--table", "own", "--out", str(SCRIPT)], "Not a directory"),
+])
+def test_bad_arguments_are_one_line_and_status_2_before_anything_runs(tables, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(Race, "run", lambda race: pytest.fail("a run was started"))
     with pytest.raises(SystemExit) as exit:
-        tables.main(["--table", table, "--set", change])
-    assert exit.value.code == 2 and "error: --set" in capsys.readouterr().err
+        tables.main(arguments)
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and "error: " in line and message in line
+    assert not usage or usage[0].startswith("usage:")
 
 
-def test_a_picture_by_problem_has_every_whole_run_once(tables):
-    cells = tables.cells_of(tables.TABLES["horizon"], "smoke", 1, ["fixed", "average 3", "onecycle"], {})
+def test_a_picture_by_problem_has_every_whole_run_once():
+    cells = cells_of(TABLES["horizon"], "smoke", 1, ["onecycle", "fixed"], {})
     records = [
-        {"problem": "p", "method": cell.method, "epochs": cell.num_epochs, "is_whole": cell.is_whole}
+        {"problem": "p", "problem_title": "P", "method": cell.method, "epochs": cell.num_epochs,
+         "is_whole": cell.is_whole}
         for cell in cells
     ]
-    drawn = by_problem(records, ["onecycle", "fixed"])
-    assert [record["method"] for record in drawn] == ["onecycle of 2", "onecycle of 3", "fixed"]
+    drawn = by_problem(records)
+    assert [record["label"] for record in drawn] == ["onecycle of 2", "onecycle of 3", "fixed"]
     assert {record["group"] for record in drawn} == {"p"}
 
 
-def test_a_cell_that_cannot_run_ends_the_table_with_its_line(tables, tmp_path, capsys):
+def test_a_picture_colours_mlr_snet_and_the_best_others():
+    names = ["a", "b", "c", "MLR-SNet (learning)"]
+    records = [
+        {"group": "g", "method": name, "label": name, "runs": [], "metric": "test_acc", "last_mean": last}
+        for name, last in zip(names, (50, 70, 60, 10), strict=True)
+    ]
+    assert coloured(records, [], most=3) == ["b", "c", "MLR-SNet (learning)"]
+    assert coloured(records, ["a"]) == ["a"]
+
+
+def test_a_cell_that_cannot_run_ends_the_table_with_its_line_and_command(tables, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         tables.main(["--table", "own", "--preset", "smoke", "--seeds", "1", "--only", "fixed", "--out", str(tmp_path),
                      "--set", f"data-root={tmp_path}/none"])
-    assert exit.value.code == 2 and "none/train" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert exit.value.code == 2 and "none/train" in errors and "meta-test/meta-test.py --num-epoch 2" in errors
+
+
+def test_a_run_that_diverges_ends_its_cell_and_not_the_table(tmp_path):
+    process = start("cifar10-resnet", tmp_path, "--seeds", "1", "--only", "fixed", "adam", "--set", "wd=1e12")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    fixed, adam = csv.DictReader((tmp_path / "cifar10-resnet-smoke" / "table.csv").open())
+    assert (fixed["finished"], adam["finished"]) == ("0", "1")
+    assert "fixed (1 of 1 diverged)" in (tmp_path / "cifar10-resnet-smoke" / "table.md").read_text()
+
+
+def test_a_locked_folder_names_its_holder_and_is_free_after_kill_9(tmp_path):
+    code = f"import time; from utils import FolderLock; lock = FolderLock({str(tmp_path)!r}); lock.acquire(); "
+    code += "print('locked', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} \(.*\); wait for it or give another"):
+        FolderLock(tmp_path).acquire()
+    holder.kill()
+    holder.wait()
+    with FolderLock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} "):
+        FolderLock(tmp_path).acquire()
+    FolderLock(tmp_path).acquire()
+
+
+def test_a_second_table_is_told_who_runs_the_first(tables, tmp_path, capsys):
+    with FolderLock(tmp_path / "epochs-smoke"), pytest.raises(SystemExit) as exit:
+        tables.main(["--table", "epochs", "--preset", "smoke", "--out", str(tmp_path)])
+    assert exit.value.code == 2 and f"epochs-smoke is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_a_table_restarted_after_kill_9_waits_for_the_cell_that_still_runs(tmp_path):
+    arguments = ["cifar10-resnet", tmp_path, "--seeds", "1", "--only", "fixed"]
+    first = start(*arguments)
+    runs = tmp_path / "cifar10-resnet-smoke" / "runs"
+    wait_for(lambda: list(runs.glob("*/args.json")))
+    first.kill()
+    first.wait()
+    (run,) = runs.iterdir()
+    pid = int((run / ".lock").read_text().split()[0])
+    os.kill(pid, signal.SIGSTOP)  # so that it still runs when the second table looks
+    begun = (run / "args.json").stat().st_mtime_ns
+    second = start(*arguments)
+    assert f"waiting: {run} is in use by process {pid} " in second.stdout.readline()
+    os.kill(pid, signal.SIGCONT)
+    output = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, output
+    assert json.loads((run / "status.json").read_text())["status"] == "done"
+    assert [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()] == ["epoch", "1", "2"]
+    assert (run / "args.json").stat().st_mtime_ns == begun

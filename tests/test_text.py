@@ -1,4 +1,4 @@
-"""Language modelling: its data, its exact perplexity, its carried state, and its hypergradient."""
+"""Language modelling: its data, its exact perplexity, its hidden state, and its hypergradient."""
 
 import itertools
 import math
@@ -65,6 +65,16 @@ def test_every_token_is_a_target_exactly_once_and_follows_its_input(columns):
         assert torch.equal(piece.inputs[valid] + 1, piece.targets[valid])
 
 
+def test_the_fingerprint_depends_on_tokens_and_vocabulary_alone():
+    reference = small_task().fingerprint()
+    assert small_task(batch_size=2, seq_len=5).fingerprint() == reference
+    assert small_task(limit_train=400).fingerprint() != reference
+    texts = [random_text(501), random_text(203, 1), random_text(97, 2)]
+    assert TextTask(TextData(*texts, list("abcdefghj")), batch_size=4, seq_len=7, device=CPU).fingerprint() != reference
+    texts[2][5] = (texts[2][5] + 1) % 9
+    assert TextTask(TextData(*texts, list("abcdefghi")), batch_size=4, seq_len=7, device=CPU).fingerprint() != reference
+
+
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     network = small_network()
     for parameter in network.parameters():
@@ -73,7 +83,7 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     assert metrics["test_ppl"] == pytest.approx(9, rel=1e-6) and metrics["valid_ppl"] == pytest.approx(9, rel=1e-6)
 
 
-def test_carried_state_equals_one_long_unbroken_pass():
+def test_carrying_the_hidden_state_equals_one_long_pass():
     network, task = small_network().eval(), small_task(evaluation_columns=1)
     ids = random_text(97, 2)
     logits, _ = network(ids[:-1, None])
@@ -82,14 +92,14 @@ def test_carried_state_equals_one_long_unbroken_pass():
     assert task.evaluate(network)["test_loss"] == pytest.approx(whole.item(), rel=1e-6)
 
 
-def test_training_batches_carry_the_state_within_an_epoch_and_begin_anew():
+def test_training_batches_keep_the_hidden_state_within_an_epoch_and_start_the_next_without():
     task, network = small_task(), small_network(dropout=0.0)
     batches, hidden = task.train_batches(task.steps_per_epoch - 1), None
     _, _, hidden = task.loss(network, next(batches), hidden)
     begins = next(batches)
     assert begins.first and torch.equal(begins.inputs, task.train.piece(0).inputs)
-    fresh, carried = task.loss(network, begins, None)[0], task.loss(network, begins, hidden)[0]
-    assert torch.equal(fresh, carried)
+    fresh, continued = task.loss(network, begins, None)[0], task.loss(network, begins, hidden)[0]
+    assert torch.equal(fresh, continued)
     second = next(batches)
     assert not torch.equal(task.loss(network, second, None)[0], task.loss(network, second, hidden)[0])
     assert not any(state.requires_grad for state in hidden)
@@ -97,14 +107,14 @@ def test_training_batches_carry_the_state_within_an_epoch_and_begin_anew():
 
 def test_the_meta_stream_cycles_over_the_validation_text():
     task = small_task()
-    lap = task.meta.num_pieces
-    batches = list(itertools.islice(task.meta_batches(0), lap + 2))
-    assert [batch.first for batch in batches] == [True] + [False] * (lap - 1) + [True, False]
-    assert torch.equal(batches[1].targets, batches[lap + 1].targets)
+    pieces = task.meta.num_pieces
+    batches = list(itertools.islice(task.meta_batches(0), pieces + 2))
+    assert [batch.first for batch in batches] == [True] + [False] * (pieces - 1) + [True, False]
+    assert torch.equal(batches[1].targets, batches[pieces + 1].targets)
     assert torch.equal(batches[3].targets, next(task.meta_batches(3)).targets)
 
 
-def test_hypergradient_equals_autograd_through_the_lookahead_with_clip_carry_and_dropout_mask():
+def test_hypergradient_equals_autograd_through_the_lookahead_with_clip_hidden_state_and_dropout_mask():
     network, generator = small_network(), torch.Generator().manual_seed(5)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
 

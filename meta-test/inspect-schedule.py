@@ -1,0 +1,163 @@
+"""Look inside a learned schedule: what it makes of the loss, its rate along a run, and how much of that is a reaction.
+
+Example: python meta-test/inspect-schedule.py --nets shipped --losses meta-train/result/resnet8_digits
+"""
+
+import argparse
+import csv
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SCRIPT = Path(__file__).resolve()
+sys.path.insert(0, str(SCRIPT.parents[1]))
+
+from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules  # noqa: E402
+from trainer import net_files  # noqa: E402
+from utils import number, number_or_auto, user_errors  # noqa: E402
+
+LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
+SETTLED = 500  # steps at one loss after which the LSTM state no longer moves
+
+
+@dataclass
+class Run:
+    """What a schedule does along a run: one value per step."""
+
+    losses: Tensor
+    fractions: Tensor
+    rates: Tensor
+
+
+@torch.no_grad()
+def settled_fractions(net: MLRSNet, losses: Tensor) -> Tensor:
+    """The fraction (losses,) that the net settles at when it reads the same loss (losses,) over and over."""
+    step = torch.vmap(net)
+    states = net.initial_state().expand(len(losses), -1, -1, -1)
+    for _ in range(SETTLED):
+        fractions, states = step(losses, states)
+    return fractions
+
+
+def follow(nets: list[MLRSNet], losses: Tensor, args: argparse.Namespace) -> Run:
+    """The schedule along a run with these losses, one per step (steps,)."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    num_epochs = len(losses) // args.steps_per_epoch
+    schedule = MLRSNetLR(
+        optimizer, nets, args.num_classes, num_epochs, args.steps_per_epoch, args.gamma, args.perplexity
+    )
+    fractions, rates = [], []
+    for loss in losses:
+        schedule.step(loss)
+        rates.append(float(schedule.get_last_lr()[0]))
+        fractions.append(rates[-1] / schedule.gamma)
+    return Run(losses, torch.tensor(fractions), torch.tensor(rates))
+
+
+def reaction(nets: list[MLRSNet], run: Run, args: argparse.Namespace) -> float:
+    """The part of the variance of log(fraction) along the run that goes away when the nets read a constant loss.
+
+    0: the loss does not matter, all change comes from the change of nets and from settling. 1: all of it is a reaction.
+    """
+    blind = follow(nets, run.losses.mean().expand_as(run.losses), args)
+    whole = run.fractions.log().var()
+    if whole < 1e-12:
+        return 0.0
+    return min(1.0, float((run.fractions.log() - blind.fractions.log()).var() / whole))
+
+
+def read_losses(path: Path, steps_per_epoch: int) -> Tensor:
+    """The training losses of a run's metrics.csv, each for all steps of its epoch. ValueError for another file."""
+    path = path / "metrics.csv" if path.is_dir() else path
+    try:
+        with open(path, newline="") as file:
+            losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"--losses {path}: not the metrics.csv of a run ({type(error).__name__}: {error})") from None
+    if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
+        raise ValueError(f"--losses {path}: needs positive and finite training losses")
+    return torch.tensor(losses).repeat_interleave(steps_per_epoch)
+
+
+def decaying_losses(first: float, last: float, num_epochs: int, steps_per_epoch: int) -> Tensor:
+    """Losses that fall exponentially from `first` to `last`, one per step."""
+    return torch.logspace(math.log10(first), math.log10(last), num_epochs * steps_per_epoch)
+
+
+def draw(path: Path, names: list[str], settled: list[Tensor], run: Run, args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name, fractions in zip(names, settled, strict=True):
+        panels[0].plot(LOSSES, fractions, label=name)
+    panels[0].set(xscale="log", xlabel="loss that the net reads", ylabel="settled fraction of γ", ylim=(0, 1))
+    panels[0].legend(fontsize="small")
+    epochs = torch.arange(len(run.losses)) / args.steps_per_epoch
+    panels[1].plot(epochs, run.fractions, "k-", label="fraction of γ")
+    panels[1].set(xlabel="epoch", ylabel="fraction of γ", ylim=(0, 1))
+    losses = panels[1].twinx()
+    losses.plot(epochs, run.losses, "C1--", label="training loss")
+    losses.set(ylabel="training loss (nats)", ylim=(0, None))
+    lines = [*panels[1].get_lines(), *losses.get_lines()]
+    panels[1].legend(lines, [line.get_label() for line in lines], fontsize="small")
+    panels[2].plot(epochs, run.rates, "k-")
+    panels[2].set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    figure.suptitle("What a learned schedule does: settled fraction, fraction along a run, learning rate")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    description, example = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=example, allow_abbrev=False)
+    add = parser.add_argument
+    add("--nets", nargs="+", default=["shipped"], metavar="FILE",
+        help=f"nets that share the run in turn, the folder of a meta-train run, or one of {', '.join(SHIPPED)} "
+        "(default: shipped)")
+    add("--losses", type=Path, metavar="RUN", help="a run's folder or metrics.csv, whose training losses the nets read")
+    add("--decay", type=number(float, 0, above=True), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
+        help="without --losses: a training loss that falls exponentially, in nats (default: 2.3 0.01)")
+    add("--num-epoch", type=number(int, 1), default=60, help="epochs of that decay (default: 60)")
+    add("--steps-per-epoch", type=number(int, 1), default=20, help="(default: 20)")
+    add("--num-classes", type=number(int, 2), default=10, help="classes, or the size of the vocabulary (default: 10)")
+    add("--perplexity", action="store_true", help="the losses are a language model's")
+    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
+        help="LR scale: a number, or auto for the paper's formula (default: auto)")
+    add("--out", type=Path, default=Path("inspect-schedule.png"), help="the picture (default: inspect-schedule.png)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with user_errors():
+        files = net_files(args.nets)
+        nets = load_schedules(files)
+        names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
+        if args.losses:
+            losses = read_losses(args.losses, args.steps_per_epoch)
+        else:
+            losses = decaying_losses(*args.decay, args.num_epoch, args.steps_per_epoch)
+        run = follow(nets, losses, args)
+        settled = [settled_fractions(net, LOSSES) for net in nets]
+        draw(args.out, names, settled, run, args)
+    width = max(map(len, names))
+    print(f"{'settled fraction of γ':{width}}   at loss 4   at loss 0.01   smallest   largest")
+    for name, fractions in zip(names, settled, strict=True):
+        least, most = fractions.min(), fractions.max()
+        print(f"{name:{width}}   {fractions[0]:9.3f}   {fractions[-1]:12.3f}   {least:8.3f}   {most:7.3f}")
+    share = reaction(nets, run, args)
+    print(f"along the run: learning rate from {run.rates[0]:.4g} to {run.rates[-1]:.4g}")
+    print(f"reaction to the loss: {100 * share:.1f} % of the variance of log(fraction); the rest is the change of nets")
+    print(f"picture: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""What a table runs: a cell for every line, method and seed, and the command and folder of its run."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from specs import (
+    CLIPPED_SGD,
+    DATASET_TITLES,
+    KNOWS_ITS_LENGTH,
+    METHODS,
+    NETWORK_TITLES,
+    OLDER_NAMES,
+    WITHOUT_MOMENTUM,
+    Table,
+)
+
+from data import TEXTS
+from utils import ROOT
+
+Arguments = dict[str, str]  # of a script: flag without dashes -> value, "" for a flag without one
+
+
+def parse(text: str) -> Arguments:
+    """The arguments in "FLAG=VALUE FLAG=VALUE"."""
+    return dict(word.split("=", 1) for word in text.split())
+
+
+def problem_of(arguments: Arguments) -> str:
+    """What the methods of a line are compared on: network and data set, as flag values."""
+    return f"{arguments['network']} {arguments['dataset']}"
+
+
+def in_words(arguments: Arguments) -> str:
+    """The problem for a reader, such as "ResNet-8 on CIFAR-10 images (class folder)"."""
+    network, dataset = arguments["network"], arguments["dataset"]
+    title = DATASET_TITLES.get(dataset, dataset)
+    if dataset in ("folder", "text"):
+        name = Path(arguments.get("data-root", "")).name or "your"
+        content, kind = ("text", "text folder") if dataset == "text" else ("images", "class folder")
+        title = f"{DATASET_TITLES.get(name, name)} {content} ({kind})"
+    return f"{NETWORK_TITLES.get(network, network)} on {title}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on one line of the table with one seed: a run, or the first epochs of a run that longer lines share."""
+
+    group: str
+    method: str
+    seed: int
+    arguments: tuple[tuple[str, str], ...]  # of the run, in this order
+    num_epochs: int  # that count here
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all epochs of the run count here."""
+        return self.num_epochs == int(dict(self.arguments)["num-epoch"])
+
+    @property
+    def problem(self) -> str:
+        return problem_of(dict(self.arguments))
+
+    @property
+    def title(self) -> str:
+        """The line for a reader: the problem in words, and what else the line's name says."""
+        words = in_words(dict(self.arguments))
+        rest = self.group.replace(self.problem, "").removeprefix(", ")
+        return f"{words}, {rest}" if rest else words
+
+    @property
+    def script(self) -> str:
+        """meta-train or meta-test."""
+        return METHODS[self.method].split()[0]
+
+    @property
+    def flags(self) -> list[str]:
+        """The script's arguments, without --out. The method's own come after the line's and override them."""
+        flags = []
+        for flag, value in self.arguments:
+            flags.append(f"--{flag}")
+            if value:
+                flags.append(value)
+        return [*flags, *METHODS[self.method].split()[1:], "--seed", str(self.seed)]
+
+    @property
+    def command(self) -> list[str]:
+        return [str(ROOT / self.script / f"{self.script}.py"), *self.flags]
+
+    @property
+    def name(self) -> str:
+        """The folder of the run."""
+        key = hashlib.sha256(json.dumps([METHODS[self.method].split(), self.arguments]).encode()).hexdigest()[:8]
+        method = OLDER_NAMES.get(self.method, self.method).replace("(", "").replace(")", "")
+        return "_".join([*self.problem.split(), *method.split(), key, str(self.seed)])
+
+
+def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], overrides: Arguments) -> list[Cell]:
+    """The cells of a table; `methods` replace the table's own where there are any."""
+    lines = {}
+    longest: dict[str, int] = {}  # problem -> the epochs of its longest line
+    for line, own in table.lines[preset].items():
+        arguments = parse(table.presets[preset]) | parse(own) | overrides
+        lines[line] = arguments
+        problem = problem_of(arguments)
+        longest[problem] = max(longest.get(problem, 0), int(arguments["num-epoch"]))
+    cells = []
+    for seed in range(seeds):
+        for line, shared in lines.items():
+            group = line.replace(problem_of(parse(table.lines[preset][line])), problem_of(shared))
+            for method in _methods_of(table, shared, methods):
+                arguments = _arguments_of(table, preset, shared, method)
+                if method not in KNOWS_ITS_LENGTH:  # its run on the longest line also serves the shorter ones
+                    arguments["num-epoch"] = str(longest[problem_of(shared)])
+                cells.append(Cell(group, method, seed, tuple(arguments.items()), int(shared["num-epoch"])))
+    return cells
+
+
+def _methods_of(table: Table, shared: Arguments, methods: Sequence[str]) -> Sequence[str]:
+    """The methods of one line: in a table of images and text, each line has its own."""
+    if not table.text_methods:
+        return methods or table.methods
+    fitting = table.text_methods if shared["dataset"] in TEXTS else table.methods
+    if not methods:
+        return fitting
+    return [method for method in methods if method in fitting]
+
+
+def _arguments_of(table: Table, preset: str, shared: Arguments, method: str) -> Arguments:
+    """A method's arguments on one line."""
+    arguments = dict(shared)
+    is_text = arguments["dataset"] in TEXTS
+    if method == "MLR-SNet (learning)":
+        arguments.setdefault("t-val", "300" if preset == "paper" else "auto")
+    if not is_text and any(METHODS[name].startswith("meta-train") for name in table.methods):
+        # Meta-training holds images out. Every method of the table trains on what is left.
+        arguments.setdefault("num-meta", "100" if preset == "smoke" else "1000")
+    if is_text and method in CLIPPED_SGD:
+        arguments.setdefault("lr", "20")
+    if method in WITHOUT_MOMENTUM:
+        arguments.pop("momentum", None)
+    return arguments

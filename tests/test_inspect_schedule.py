@@ -1,0 +1,65 @@
+"""What inspect-schedule.py says of the shipped nets, and of a net made by hand that does react to the loss."""
+
+import pytest
+import torch
+from test_scripts import ROOT, call
+
+from mlr_snet import MLRSNet
+
+INSPECT = ROOT / "meta-test" / "inspect-schedule.py"
+SHORT = ["--num-epoch", "12", "--steps-per-epoch", "10"]
+
+
+@pytest.fixture
+def reacting_net(tmp_path):
+    """A net without memory whose fraction grows with the loss: sigmoid(4·tanh(tanh(loss)) − 2)."""
+    net = MLRSNet(hidden_size=2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        cell = net.layer1
+        cell.fc_i2h[0].weight.fill_(1.0)  # the one unit between: ReLU(loss)
+        input_gate, forget_gate, candidate, output_gate = cell.fc_i2h[2].bias.view(4, 2)
+        input_gate.fill_(20.0)
+        forget_gate.fill_(-20.0)
+        output_gate.fill_(20.0)
+        cell.fc_i2h[2].weight.view(4, 2)[2].fill_(1.0)
+        net.layer3.weight.fill_(2.0)
+        net.layer3.bias.fill_(-2.0)
+    torch.save(net.state_dict(), tmp_path / "reacting.pth")
+    return tmp_path / "reacting.pth"
+
+
+def reaction_percent(printed):
+    (line,) = [line for line in printed.splitlines() if line.startswith("reaction")]
+    return float(line.split()[4])
+
+
+def inspect(capsys, *arguments):
+    done = call(capsys, INSPECT, *arguments)
+    return done, done.stdout
+
+
+def test_the_shipped_nets_hardly_react_and_the_hand_made_one_does(tmp_path, capsys, reacting_net):
+    done, printed = inspect(capsys, *SHORT, "--out", tmp_path / "shipped.png")
+    assert done.returncode == 0 and reaction_percent(printed) < 5
+    done, printed = inspect(capsys, *SHORT, "--nets", reacting_net, "--out", tmp_path / "hand.png")
+    assert done.returncode == 0 and reaction_percent(printed) > 95
+    assert (tmp_path / "shipped.png").stat().st_size > 10_000
+
+
+def test_the_settled_fractions_of_the_hand_made_net_are_those_of_its_equation(tmp_path, capsys, reacting_net):
+    _, printed = inspect(capsys, *SHORT, "--nets", reacting_net, "--out", tmp_path / "hand.png")
+    (line,) = [line for line in printed.splitlines() if line.startswith("reacting.pth")]
+    at_4, at_001 = (torch.sigmoid(4 * torch.tensor(loss).tanh().tanh() - 2).item() for loss in (4.0, 0.01))
+    assert [float(word) for word in line.split()[1:3]] == pytest.approx([at_4, at_001], abs=6e-4)
+
+
+def test_the_losses_of_a_run_are_read_and_another_file_is_refused(tmp_path, capsys):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("epoch,lr,train_loss\n1,0.1,2.0\n2,0.1,1.0\n3,0.1,0.5\n")
+    done, printed = inspect(capsys, "--losses", tmp_path, "--steps-per-epoch", "5", "--out", tmp_path / "run.png")
+    assert done.returncode == 0 and "learning rate" in printed
+    metrics.write_text("epoch,lr\n1,0.1\n")
+    done, _ = inspect(capsys, "--losses", metrics, "--out", tmp_path / "run.png")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "metrics.csv" in done.stderr

@@ -1,0 +1,173 @@
+"""Update directions of every optimizer of torch.optim, and of optimizers that the file does not know, in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mlr_snet import DIRECTIONS, NOT_AFFINE, MLRSNet, MLRSNetLR, set_lr, update_directions
+
+SGD_OPTIONS = [
+    {}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"momentum": 0.5, "maximize": True},
+]
+ADAM_OPTIONS = [{}, {"weight_decay": 0.1}, {"amsgrad": True, "weight_decay": 0.1}, {"maximize": True}]
+DECOUPLED = [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"maximize": True}]
+OPTIONS = {
+    "SGD": SGD_OPTIONS, "Adam": ADAM_OPTIONS, "AdamW": ADAM_OPTIONS, "NAdam": DECOUPLED, "RAdam": DECOUPLED,
+    "Adamax": [{}, {"weight_decay": 0.1}, {"maximize": True}],
+    "RMSprop": [{}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"centered": True, "momentum": 0.5}, {"maximize": True}],
+    "Adagrad": [{}, {"weight_decay": 0.1, "lr_decay": 0.1}, {"initial_accumulator_value": 0.5}, {"maximize": True}],
+    "Adadelta": [{}, {"weight_decay": 0.1}, {"maximize": True}],
+    "Muon": [{}, {"weight_decay": 0.1}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}],
+}
+FUSED = ("SGD", "Adam", "AdamW", "Adagrad")  # on the CPU
+STEPS = 8  # RAdam changes its form at the sixth
+
+
+def parameters(name):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 6), (5, 3)] if name == "Muon" else [(4, 6), (3,), ()]
+    return [nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator)) for shape in shapes]
+
+
+def give_gradients(weights, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+
+
+def largest_error(optimizer, weights):
+    """Between the direction and what the optimizer's own step then does, relative to the step, over some steps."""
+    errors = []
+    for step in range(STEPS):
+        give_gradients(weights, step)
+        before = [weight.detach().clone() for weight in weights]
+        update = update_directions(optimizer)
+        expected = [update[weight](weight) for weight in weights]
+        for weight, value in zip(weights, before, strict=True):
+            assert torch.equal(weight, value)
+        lr = 0.01 * (1 + step)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        for weight, value, direction in zip(weights, before, expected, strict=True):
+            moved = value - weight.detach()
+            errors.append((moved - lr * direction).norm() / moved.norm())
+    return max(errors).item()
+
+
+CASES = [
+    (name, kind, options)
+    for name, many in OPTIONS.items() if hasattr(torch.optim, name)
+    for options in many
+    for kind in ("for-loop", "foreach", "fused")
+    if (kind != "fused" or name in FUSED) and (kind == "for-loop" or name != "Muon")
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), CASES)
+def test_the_direction_is_what_the_next_step_subtracts_per_unit_of_rate(name, kind, options):
+    weights = parameters(name)
+    forms = {} if name == "Muon" else {"foreach": kind == "foreach"}
+    if kind == "fused":
+        forms = {"fused": True}
+    optimizer = getattr(torch.optim, name)(weights, lr=0.1, **options, **forms)
+    tolerance = 1e-2 if name == "Muon" else 1e-10  # Muon rounds to bfloat16 inside its step
+    assert largest_error(optimizer, weights) < tolerance
+
+
+def test_every_optimizer_of_torch_has_a_closed_form_or_a_reason():
+    known = {*DIRECTIONS, *NOT_AFFINE, Optimizer}
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
+    assert set(kinds) <= known
+
+
+@pytest.mark.parametrize("kind", NOT_AFFINE)
+def test_an_optimizer_that_is_not_affine_is_refused_with_a_reason_and_what_works(kind):
+    weights = parameters(kind.__name__)
+    give_gradients(weights, 0)
+    with pytest.raises(TypeError, match=f"{kind.__name__} .* so its update is not affine .* use one of SGD"):
+        update_directions(kind(weights))
+
+
+class Lion(Optimizer):
+    """An optimizer that the file does not know: the sign of a noisy mean, and decoupled weight decay."""
+
+    def __init__(self, weights, lr=0.1, power=1.0):
+        super().__init__(weights, {"lr": lr, "power": power, "steps": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["steps"] += 1
+            for weight in group["params"]:
+                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                mean.lerp_(weight.grad + 0.1 * torch.randn_like(weight), 0.1)
+                weight.sub_(mean.sign() + 0.1 * weight, alpha=group["lr"] ** group["power"])
+
+
+def test_an_unknown_optimizer_is_measured_by_trial_steps_that_are_undone():
+    torch.manual_seed(0)
+    weights = parameters("Lion")
+    optimizer = Lion(weights)
+    assert largest_error(optimizer, weights) < 1e-10
+    before, generator = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    give_gradients(weights, 0)
+    update_directions(optimizer)
+    assert torch.equal(generator, torch.get_rng_state())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for index, values in before["state"].items():
+        assert torch.equal(values["mean"], after["state"][index]["mean"])
+
+
+def test_the_first_measurement_leaves_no_state_behind():
+    weights = parameters("Lion")
+    optimizer = Lion(weights)
+    give_gradients(weights, 0)
+    update_directions(optimizer)
+    assert not optimizer.state and optimizer.param_groups[0]["steps"] == 0
+
+
+def test_an_unknown_optimizer_that_is_not_affine_is_refused():
+    weights = parameters("Lion")
+    give_gradients(weights, 0)
+    with pytest.raises(TypeError, match="Lion: half the learning rate does not move the weights half as far"):
+        update_directions(Lion(weights, power=2.0))
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match="sparse"):
+        update_directions(torch.optim.SGD(embedding.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_rate_that_is_a_tensor_is_filled_in_place_and_returned_as_a_copy(kind):
+    weight = nn.Parameter(torch.zeros(2))
+    rate = torch.tensor(0.1)
+    optimizer = kind([{"params": [weight], "lr": rate}], lr=1.0, foreach=False)
+    schedule = MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3)
+    schedule.step(2.3)
+    (lr,) = schedule.get_last_lr()
+    assert optimizer.param_groups[0]["lr"] is rate and lr is not rate and torch.equal(lr, rate)
+    assert rate.item() == pytest.approx(schedule.gamma * 0.5, rel=0.1)
+    rate.fill_(0.0)
+    assert lr > 0
+
+
+def test_a_compiled_step_is_not_compiled_again_when_the_rate_changes():
+    from torch._dynamo.testing import CompileCounter
+
+    weight, counter = nn.Parameter(torch.ones(2)), CompileCounter()
+    optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.1), foreach=False)
+    schedule = MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3)
+    step = torch.compile(optimizer.step, backend=counter)
+    for loss in (2.3, 1.9, 1.0, 0.4):
+        weight.grad = torch.ones(2)
+        schedule.step(loss)
+        step()
+    assert counter.frame_count == 1

@@ -1,0 +1,166 @@
+"""mlr_snet.py on its own: a lone copy, among foreign modules of the same names, through torch.hub; and the README."""
+
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from data.meta_stream import MetaStream, schedule_arguments
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules, train
+
+ROOT = Path(__file__).resolve().parents[1]
+USE_AND_LEARN = """
+import sys
+import time
+import torch
+before = set(sys.modules)
+start = time.process_time()
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR
+seconds = time.process_time() - start
+foreign = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert foreign <= {"torch", "mlr_snet"}, foreign
+assert seconds < 0.1, seconds
+torch.manual_seed(0)
+network = torch.nn.Linear(3, 2)
+points = torch.randn(20, 3)
+labels = (points.sum(1) > 0).long()
+
+def loss_on(part):
+    return torch.nn.functional.cross_entropy(network(points[part]), labels[part])
+
+optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+run = {"num_classes": 2, "num_epochs": 6, "steps_per_epoch": 5}
+net = MLRSNet()
+before = [parameter.clone() for parameter in net.parameters()]
+learning = MetaMLRSNetLR(optimizer, net, network, lambda: loss_on(slice(10, 20)), **run, t_val=2)
+for schedule in (learning, MLRSNetLR(optimizer, [net], **run)):
+    first = loss_on(slice(10)).item()
+    for step in range(30):
+        loss = loss_on(slice(10))
+        optimizer.zero_grad()
+        loss.backward()
+        schedule.step(loss)
+        optimizer.step()
+    assert loss < first
+assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
+"""
+FOREIGN = """
+import utils, data, models, distributed
+assert utils.MINE and data.MINE and models.MINE and distributed.MINE
+"""
+HUB = f"""
+import sys
+import torch
+schedule = torch.hub.load({str(ROOT)!r}, "mlr_snet_lr", torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
+                          10, 3, 2, source="local")
+schedule.step(2.3)
+assert 0 < schedule.get_last_lr()[0] < schedule.gamma
+net = torch.hub.load({str(ROOT)!r}, "mlr_snet", source="local")
+assert sum(parameter.numel() for parameter in net.parameters()) == 11776
+"""
+
+
+def run_in(folder, code):
+    (folder / "main.py").write_text(code)
+    done = subprocess.run([sys.executable, "main.py"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder of somebody's own project, whose modules have the names of this repository's."""
+    for name in ("utils", "distributed"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
+    for name in ("data", "models"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("MINE = True\n")
+    return tmp_path
+
+
+def test_a_lone_copy_uses_and_learns_a_schedule_with_torch_alone(tmp_path):
+    shutil.copy(ROOT / "mlr_snet.py", tmp_path)
+    run_in(tmp_path, USE_AND_LEARN)
+
+
+def test_a_copy_works_beside_foreign_modules_of_the_same_names(project):
+    shutil.copy(ROOT / "mlr_snet.py", project)
+    run_in(project, FOREIGN + USE_AND_LEARN)
+
+
+def test_torch_hub_works_in_a_project_with_foreign_modules_of_the_same_names(project):
+    run_in(project, FOREIGN + HUB)
+
+
+def test_a_lone_copy_says_that_the_shipped_nets_are_elsewhere(tmp_path):
+    shutil.copy(ROOT / "mlr_snet.py", tmp_path)
+    run_in(tmp_path, """
+import mlr_snet
+try:
+    mlr_snet.load_schedules()
+except ValueError as error:
+    assert "shipped nets are not beside" in str(error)
+""")
+
+
+class Batches:
+    """The task of the README's loops: two training batches and three held-out ones of random images."""
+
+    num_classes, perplexity, steps_per_epoch, clip = 10, False, 2, None
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        batches = [(torch.randn(20, 1, 2, 2, generator=generator), torch.arange(20) % 10) for _ in range(5)]
+        self.loader, self.held_out = batches[:2], batches[2:]
+
+    def train_batches(self, start):
+        for pair in itertools.islice(itertools.cycle(self.loader), start, None):
+            yield SimpleNamespace(pair=pair, size=20)
+
+    def meta_batches(self, start):
+        for pair in itertools.islice(itertools.cycle(self.held_out), start, None):
+            yield SimpleNamespace(pair=pair)
+
+    def loss(self, network, batch, hidden):
+        images, labels = batch.pair
+        return functional.cross_entropy(network(images), labels), torch.tensor(0.0), hidden
+
+
+def network_and_optimizer():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 10))
+    return network, torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.5)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_path, monkeypatch, learning):
+    monkeypatch.chdir(tmp_path)  # the second example saves a file
+    code = (ROOT / "README.md").read_text().split("```python\n")[1 + learning].split("```")[0]
+    task = Batches()
+    network, optimizer = network_and_optimizer()
+    names = {"torch": torch, "functional": functional, "itertools": itertools, "network": network,
+             "optimizer": optimizer, "loader": task.loader, "held_out": task.held_out}
+    exec(code, names)
+
+    other, optimizer = network_and_optimizer()
+    arguments = schedule_arguments(task, 90)
+    if learning:
+        net = MLRSNet()
+        schedule = MetaMLRSNetLR(optimizer, net, other, MetaStream(task, other), **arguments, t_val=10)
+    else:
+        schedule = MLRSNetLR(optimizer, load_schedules(), **arguments)
+    steps = list(train(other, task, optimizer, schedule, 90))
+    assert len(steps) == names["schedule"].num_steps == 180
+    assert names["schedule"].get_last_lr() == schedule.get_last_lr()
+    pairs = [(network, other), *zip(names["schedule"].nets, schedule.nets, strict=True)]
+    for one, two in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    if learning:
+        saved = torch.load("schedule.pth", weights_only=True)
+        assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
