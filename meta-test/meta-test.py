@@ -30,13 +30,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "0.0025 for adamw; prodigy: 1, a factor)")
     add("--beta", type=number(float, 0, above=True), help="step of hd and rtho on the rate (default: 1e-3; adam: 1e-7)")
     add_run_arguments(parser)
-    args = parse_run_arguments(parser, SCRIPT, argv)
+    args, given = parse_run_arguments(parser, SCRIPT, argv)
     if args.schedule in VALIDATING and args.dataset in IMAGES and not args.num_meta:
         parser.error(f"--schedule {args.schedule} needs images to validate on; set some aside with --num-meta 1000")
     if args.lr is not None and args.schedule in ("mlr-snet", *RATELESS):
         parser.error(f"--schedule {args.schedule} has no initial rate; leave --lr out")
     if args.beta is not None and args.schedule not in ("hd", "rtho"):
         parser.error(f"--schedule {args.schedule} has no --beta; leave it out")
+    for flag in ("gamma", "nets"):
+        if flag in given and args.schedule != "mlr-snet":
+            parser.error(f"--{flag} belongs to --schedule mlr-snet; leave it out with {args.schedule}")
     return args
 
 

@@ -26,10 +26,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--meta-point", choices=["lookahead", "average"], default="lookahead",
         help="where the meta gradient is taken: one step ahead, or at the running average of the weights "
         "(default: lookahead)")
-    add("--hidden-size", "--hidden_size", type=number(int, 2), default=50, help="of MLR-SNet (default: 50)")
-    add("--num-layers", "--num_layers", type=number(int, 1), default=1, help="of MLR-SNet (default: 1)")
+    add("--hidden-size", "--hidden_size", type=number(int, 2, 2**20), default=50, help="of MLR-SNet (default: 50)")
+    add("--num-layers", "--num_layers", type=number(int, 1, 100), default=1, help="of MLR-SNet (default: 1)")
     add_run_arguments(parser)
-    return parse_run_arguments(parser, SCRIPT, argv, num_meta=1000)
+    args, _ = parse_run_arguments(parser, SCRIPT, argv, num_meta=1000)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
