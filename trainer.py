@@ -37,6 +37,7 @@ from distributed import (
     shard_hidden,
     world_size,
 )
+from measuring import Measurement
 from mlr_snet import SHIPPED, Schedule, Step, train
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
 from utils import (
@@ -52,7 +53,7 @@ from utils import (
     folder,
     is_out_of_memory,
     number,
-    number_or_auto,
+    number_or,
     peak_memory_mib,
     pick_device,
     plain,
@@ -90,8 +91,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
     add("--wd", type=number(float, 0), help="weight decay of the network (default: 5e-4; text: 5e-6)")
-    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
-        help="LR scale, the largest rate MLR-SNet can give; for adam use a number near 1e-3 (default: auto)")
+    add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
+        help="LR scale, the largest rate MLR-SNet can give: a number, the paper's formula, or measured by short "
+        "training before the run (default: auto, which is paper for SGD without momentum and measured for the rest)")
     add("--data-root", type=Path, default=ROOT / "data" / "downloads", help="folder of the data, or for its download")
     add("--limit-train", type=positive, metavar="N",
         help="train on N class-balanced images, or on the first N tokens (default: all)")
@@ -102,7 +104,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or another that torch names (default: auto: cuda or cpu)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
-    add("--average-decay", type=number_or_auto(number(float, 0, 0.9999999)),
+    add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"),
         help="of the running average, per step (default: auto, which averages over about an epoch, 0.9 to 0.999)")
     add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
     add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
@@ -363,6 +365,12 @@ class Cost:
         if self.counting:
             self.counts[name] += 1
 
+    def add_steps(self, num_steps: int) -> None:
+        """Count the training steps that measured the LR scale."""
+        self.counts["measuring_steps"] = num_steps
+        for name in ("forward_passes", "backward_passes"):
+            self.counts[name] += num_steps
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block nothing counts."""
@@ -568,6 +576,7 @@ class Trainer:
         schedule: Schedule,
         meta_stream: MetaStream,
         average: Average | None = None,
+        measurement: Measurement | None = None,
         after_epoch: Callable[[int], None] = lambda epoch: None,
     ):
         self.args, self.task, self.network = args, task, network
@@ -575,7 +584,7 @@ class Trainer:
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
         self.saved_step: int | None = None
-        self.metrics, self.cost = Metrics(), Cost(network, args.compile)
+        self.metrics, self.cost, self.measurement = Metrics(), Cost(network, args.compile), measurement
         parts = {
             "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
             "metrics": self.metrics, "cost": self.cost,
@@ -631,6 +640,10 @@ class Trainer:
             self._say(f"{self.args.out}: the run is complete")
         if self.saved_step is None:
             write_atomically(self.args.out / "args.json", json.dumps(provenance(self.args), indent=1).encode())
+            if self.measurement:
+                self.measurement.write(self.args.out)
+                self.cost.add_steps(self.measurement.result.num_steps)
+                self.metrics.totals["seconds"] += self.measurement.seconds  # of the first epoch
             self._save_checkpoint()
         else:
             self._compare_ranks()

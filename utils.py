@@ -92,9 +92,9 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
-def number_or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type: what `parse` takes, or the word auto."""
-    return lambda text: text if text == "auto" else parse(text)
+def number_or(parse: Callable[[str], Any], *words: str) -> Callable[[str], Any]:
+    """An argparse type: one of the words, or what `parse` takes."""
+    return lambda text: text if text in words else parse(text)
 
 
 def folder(text: str) -> Path:
