@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
 from baselines import twice_differentiable
-from data import STREAMED, TEXTS, build_task
+from data import PUBLISHED_CORRUPTED, STREAMED, TEXTS, build_task
+from data.corruption import CORRUPTIONS, NOISE_KINDS
 from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
@@ -67,13 +68,15 @@ FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers 
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
-                  "skip_bad_images": False}
+                  "skip_bad_images": False, "corruption": None, "severity": None, "label_noise": None,
+                  "noise_kind": None}
 IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5}
 
 # What build_task takes from the flags of one modality
-IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images")
+IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
+                 "label_noise", "noise_kind")
 TEXT_OPTIONS = ("seq_len", "tokens")
 
 
@@ -111,7 +114,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--resume", action="store_true", help="continue the run in --out with its own arguments")
     images = parser.add_argument_group("images")
-    images.add_argument("--num-meta", type=positive,
+    images.add_argument("--num-meta", type=number(int, 0, 2**31 - 1),
                         help="training images held out to steer MLR-SNet or to validate (default: 1000; meta-test: 0)")
     images.add_argument("--image-size", type=positive,
                         help="resize to this many pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
@@ -119,6 +122,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                         help="processes that read tinyimagenet or imagenet (default: one per core, at most 8)")
     images.add_argument("--skip-bad-images", action="store_true", default=None,
                         help="leave out image files that cannot be read, and report them (default: stop at the first)")
+    corruption = parser.add_argument_group("corruption", "of the training images; meta and test images stay clean")
+    corruption.add_argument("--corruption", metavar="NAME",
+                            help=f"damage the images: {', '.join(CORRUPTIONS)}; of cifar10-c and cifar100-c the file "
+                            "to train on (default: none)")
+    corruption.add_argument("--severity", type=number(int, 0, 5), help="of --corruption, 0 (none) to 5 (default: 3)")
+    corruption.add_argument("--label-noise", type=number(float, 0, 1), metavar="RATE",
+                            help="give this share of the images a wrong label (default: 0)")
+    corruption.add_argument("--noise-kind", choices=NOISE_KINDS,
+                            help="wrong labels are any other class (uniform, the default), one other class for each "
+                            "class (flip), or one of two others (flip2)")
     text = parser.add_argument_group("text")
     text.add_argument("--seq-len", "--seq_len", type=positive, help="tokens per sequence (default: 35)")
     text.add_argument("--tokens", choices=["word", "char"], help="unit of the text (default: word)")
@@ -227,6 +240,8 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
     if args.dataset == "imagenet":
         own = own | IMAGENET_DEFAULTS
+    if args.dataset in PUBLISHED_CORRUPTED:
+        own = own | {"num_meta": min(defaults.get("num_meta", 0), PUBLISHED_CORRUPTED[args.dataset])}
     if args.workers is not None and args.dataset not in STREAMED:
         raise ValueError(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
     for name in other.keys() - own.keys():
@@ -307,16 +322,19 @@ class Metrics:
         self.totals = dict(self.EMPTY)
         self.clock = time.perf_counter()
 
-    def add(self, size: int, loss: float, accuracy: float, lr: float) -> None:
+    def add(self, size: int, lr: float, loss: float, accuracy: float, clean_accuracy: float | None = None) -> None:
         """Count a step with `size` targets."""
-        for name, value in (("loss", loss), ("accuracy", accuracy), ("lr", lr)):
-            self.totals[name] += value * size
+        values = {"loss": loss, "accuracy": accuracy, "lr": lr}
+        if clean_accuracy is not None:
+            values["clean_accuracy"] = clean_accuracy
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * size
         self.totals["size"] += size
 
-    def means(self) -> tuple[float, float, float]:
-        """Loss, accuracy (%) and LR of the present epoch, averaged over its targets."""
-        loss, accuracy, lr = (self.totals[name] / self.totals["size"] for name in ("loss", "accuracy", "lr"))
-        return loss, accuracy, lr
+    def means(self) -> dict[str, float]:
+        """Loss, LR and accuracies (%) of the present epoch, averaged over its targets."""
+        size = self.totals["size"]
+        return {name: total / size for name, total in self.totals.items() if name not in ("size", "seconds")}
 
     def start_clock(self) -> None:
         """Time counts from here."""
@@ -438,7 +456,8 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     metric = ("acc", "accuracy (%)") if "test_acc" in rows[0] else ("ppl", "perplexity")
     columns = (("loss", "loss (nats)"), metric)
     for panel, (column, label) in zip(panels, columns, strict=False):
-        curves = {f"train_{column}": ("-", "train"), f"test_{column}": ("--", "test"),
+        curves = {f"train_{column}": ("-", "train"), f"train_clean_{column}": (":", "train, true labels"),
+                  f"test_{column}": ("--", "test"),
                   f"test_{column}_average": ("k-", "test, averaged weights")}
         for name, (style, title) in curves.items():
             if name in rows[0]:
@@ -708,20 +727,22 @@ class Trainer:
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
         for step in steps:
-            loss, accuracy, lr = float(step.loss), float(step.accuracy), float(step.lr)
+            loss, lr = float(step.loss), float(step.lr)
+            accuracies = step.accuracy.flatten().tolist()  # under label noise the second is on the true labels
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step.number}, after LR {self.last_lr}")
             if not math.isfinite(lr):
                 raise FloatingPointError(f"the LR is {lr} at step {step.number}, at loss {loss}")
             self.last_lr = lr
-            self.metrics.add(step.size, loss, accuracy, lr)
-            self.log.step(step.number, loss, accuracy, lr)
+            self.metrics.add(step.size, lr, loss, *accuracies)
+            self.log.step(step.number, loss, accuracies[0], lr)
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate, log, and write metrics and checkpoint."""
-        loss, accuracy, lr = self.metrics.means()
+        means = self.metrics.means()
+        lr = means.pop("lr")
         with self.cost.paused():
-            results = self._evaluate(loss, accuracy)
+            results = self._evaluate(means)
         for name, value in results.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.step}, the last one of epoch {epoch}")
@@ -731,10 +752,10 @@ class Trainer:
         self._write_metrics()
         self._save_checkpoint()
 
-    def _evaluate(self, loss: float, accuracy: float) -> dict[str, float]:
-        """The columns of the epoch with this mean training loss and accuracy (%)."""
+    def _evaluate(self, means: dict[str, float]) -> dict[str, float]:
+        """The columns of the epoch with these means of the training loss and accuracies (%)."""
         with evaluating(self.optimizer, self.network, self.task):
-            row = self.task.train_metrics(loss, accuracy) | self.task.evaluate(self.network)
+            row = self.task.train_metrics(**means) | self.task.evaluate(self.network)
             if self.average and self.args.average:
                 name = "test_ppl" if self.task.perplexity else "test_acc"
                 with self.average.swapped_in(self.task):
