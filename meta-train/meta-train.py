@@ -31,6 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-layers", "--num_layers", type=number(int, 1, 100), default=1, help="of MLR-SNet (default: 1)")
     add_run_arguments(parser)
     args, _ = parse_run_arguments(parser, SCRIPT, argv, num_meta=1000)
+    if args.num_meta == 0:
+        parser.error("--num-meta 0: MLR-SNet learns on held-out images; give at least 1")
     return args
 
 
