@@ -643,7 +643,8 @@ class Trainer:
             failure = self._failure(error)
             if not failure:
                 raise
-            tqdm.write(f"{failure}; {self._last_checkpoint()}", file=sys.stderr)
+            if rank() == 0 or not isinstance(error, (FloatingPointError, RanksDiffer)):  # these two hit all ranks alike
+                tqdm.write(f"{failure}; {self._last_checkpoint()}", file=sys.stderr)
             return 2 if isinstance(error, ImageFileError) else 1
 
     @contextmanager
@@ -681,15 +682,12 @@ class Trainer:
 
     def _failure(self, error: Exception) -> str:
         """What has gone wrong, in one line; nothing for an error of the program itself."""
-        step = self.step + 1
         if isinstance(error, FloatingPointError):
             return f"diverged: {error}"
-        if isinstance(error, OverflowError) or "without overflow" in str(error):
-            return f"diverged: the LR or a loss is beyond single precision at step {step}, after LR {self.last_lr}"
         if isinstance(error, (OSError, RanksDiffer, ImageFileError)):
             return f"error: {' '.join(str(error).split())}"
         if is_out_of_memory(error):
-            return f"error: step {step} does not fit in memory ({first_line(error)}); lower --batch-size"
+            return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
         if isinstance(error, RuntimeError) and is_lost_rank(error):
             return "another rank has ended; continue with --resume"
         return ""
@@ -719,7 +717,14 @@ class Trainer:
             data_parallel(self.network), self.task, self.optimizer, self.schedule, self.args.num_epoch, self.step,
             self.hidden,
         )
-        return self.average.following(steps) if self.average else steps
+        try:
+            yield from self.average.following(steps) if self.average else steps
+        except (OverflowError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "without overflow" not in str(error):
+                raise
+            lr = float(self.schedule.get_last_lr()[0])
+            message = f"the LR is beyond single precision at step {self.step + 1} (last set: {lr:g})"
+            raise FloatingPointError(message) from None
 
     def _fetch_every(self) -> int:
         return 1 if next(self.network.parameters()).device.type == "cpu" else FETCH_EVERY

@@ -154,7 +154,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether sizes do not fit in memory, or in the integers that count it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = ("allocate memory", "out of memory", "overflow", "invalid buffer size")
+    words = ("allocate memory", "out of memory", "calculation overflow", "multiplication overflow", "buffer size")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
