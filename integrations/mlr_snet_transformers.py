@@ -6,7 +6,7 @@
 
 No callback of the Trainer gets the loss, and its scheduler slot is stepped after the update, without one. So
 training_step collects the loss, the schedule attaches to the optimizer and acts inside its step(), and the slot only
-logs and saves it. For another Trainer: class MyTrainer(MLRSNetMixin, SFTTrainer).
+logs and saves it. For another Trainer: class MyTrainer(MLRSNetTrainer, SFTTrainer).
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 
 from mlr_snet import MLRSNetLR
@@ -33,12 +34,14 @@ class SchedulerSlot:
         pass
 
 
-class MLRSNetMixin:
-    """Drives a Trainer's optimizer.
+class MLRSNetTrainer(Trainer):
+    """The Trainer, its optimizer driven by a schedule.
 
     schedule is called with optimizer, num_epochs and steps_per_epoch, in optimizer steps, and returns the schedule;
     from then on it is trainer.lr_scheduler.schedule. Raises ValueError for another scheduler, warm-up and DeepSpeed.
     """
+
+    lr_scheduler: SchedulerSlot | None
 
     def __init__(self, *args: Any, schedule: Callable[..., MLRSNetLR], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -46,8 +49,10 @@ class MLRSNetMixin:
             raise ValueError("optimizers=(optimizer, scheduler) beside schedule=: give (optimizer, None)")
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed hides the step of its optimizer; train with DDP or on one device")
-        self.make_schedule, self.handle = schedule, None
-        self.window, self.window_loss = -1, 0.0
+        self.make_schedule = schedule
+        self.handle: RemovableHandle | None = None
+        self.window = -1  # the global step that window_loss belongs to; it counts on when fp16 skips a step
+        self.window_loss: Tensor | float = 0.0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> SchedulerSlot:
         if self.lr_scheduler is None:
@@ -60,7 +65,7 @@ class MLRSNetMixin:
             )
             if self.handle:
                 self.handle.remove()  # of an earlier train() with the same optimizer
-            self.handle = schedule.attach(self.next_loss)
+            self.handle, self.window = schedule.attach(self.next_loss), -1
             self.lr_scheduler = SchedulerSlot(schedule)
             self._created_lr_scheduler = True  # the next train() makes a new one
         return self.lr_scheduler
@@ -81,7 +86,3 @@ class MLRSNetMixin:
 
     def next_loss(self) -> Tensor | float:
         return self.window_loss
-
-
-class MLRSNetTrainer(MLRSNetMixin, Trainer):
-    """The Trainer with a learned schedule: one more argument, `schedule`."""

@@ -63,6 +63,7 @@ def loss_of(network, batch):
 
 def make_schedule(kind, network, loss_of_network=None, num_classes=10, **options):
     """A function from optimizer, num_epochs and steps_per_epoch to a schedule that is used or learns."""
+    options.setdefault("gamma", "paper")
     if kind == "use":
         return partial(MLRSNetLR, nets=load_schedules(), num_classes=num_classes, **options)
     torch.manual_seed(1)
@@ -482,12 +483,30 @@ def test_the_trainers_scheduler_slot_does_nothing_on_a_bare_step(transformers, t
 
 
 def test_a_second_training_by_the_same_trainer_has_a_schedule_of_its_own(transformers, tmp_path):
-    trainer = build_trainer(transformers, tmp_path, "use", save_strategy="no", max_steps=2)
+    trainer = build_trainer(transformers, tmp_path, "use", save_strategy="no", max_steps=1)
+    trainer.make_schedule = partial(Recorded, nets=load_schedules(), num_classes=10, gamma=0.01)
+    losses = []
+    for _ in range(2):
+        trainer.train()
+        losses += trainer.lr_scheduler.schedule.losses
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and losses[1] == pytest.approx(logged[-1], rel=1e-6)
+
+
+def test_another_trainer_gets_a_schedule_by_inheritance(transformers, tmp_path):
+    from mlr_snet_transformers import MLRSNetTrainer
+
+    class SequenceTrainer(MLRSNetTrainer, transformers.Seq2SeqTrainer):
+        pass
+
+    rows, _, vocabulary = texts()
+    arguments = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no"
+    )
+    schedule = partial(MLRSNetLR, nets=load_schedules(), num_classes=vocabulary, perplexity=True, gamma=0.01)
+    trainer = SequenceTrainer(build_language_model(vocabulary), arguments, train_dataset=rows, schedule=schedule)
     trainer.train()
-    first = trainer.lr_scheduler.schedule
-    trainer.train()
-    assert first.num_steps == trainer.lr_scheduler.schedule.num_steps == 2
-    assert first is not trainer.lr_scheduler.schedule
+    assert trainer.lr_scheduler.schedule.num_steps == 2
 
 
 # ---------------------------------------------------------------------------------------------- misuse, in one sentence
