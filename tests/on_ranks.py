@@ -71,8 +71,8 @@ def end_of(make, schedule_name):
             average = Average(network, 0.9)
             options = {"meta_point": average}
         schedule = MetaMLRSNetLR(
-            optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 3), t_val=1, lr=0.01, gamma="paper",
-            **options,
+            optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 3), t_val=1, lr=0.01,
+            gamma="paper", **options,
         )
     else:
         optimizer, schedule = build_baseline(
