@@ -158,12 +158,18 @@ def parse_run_arguments(
             raise ValueError(f"--out {args.out} is a file; give a folder")
         if args.resume:
             args = _resumed(parser, args, given)
-        elif any((args.out / name).exists() for name in ("args.json", "checkpoint.pth", "metrics.csv")):
-            raise ValueError(f"--out {args.out} holds another run; continue it with --resume or give another --out")
+        else:
+            refuse_used(args.out)
         _settle(args, defaults)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args, given
+
+
+def refuse_used(out: Path) -> None:
+    """ValueError where the folder holds a run."""
+    if any((out / name).exists() for name in ("args.json", "checkpoint.pth", "metrics.csv")):
+        raise ValueError(f"--out {out} holds another run; continue it with --resume or give another --out")
 
 
 def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
@@ -209,7 +215,7 @@ def _stored_arguments(folder: Path) -> dict[str, Any]:
 def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
     """The words that give the parser these arguments."""
     words = []
-    for action in parser._actions:
+    for action in parser._actions:  # argparse has no public list of its flags
         value = arguments.get(action.dest)
         flag = action.option_strings[0]
         if action.dest in ("help", "out", "resume") or value is None or value is False:
@@ -603,6 +609,8 @@ class Trainer:
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
         self.saved_step: int | None = None
+        on_cpu = next(network.parameters()).device.type == "cpu"
+        self.fetch_every = 1 if on_cpu else FETCH_EVERY
         self.metrics, self.cost, self.measurement = Metrics(), Cost(network, args.compile), measurement
         parts = {
             "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
@@ -622,14 +630,16 @@ class Trainer:
 
     def _restore(self) -> None:
         """Continue from the checkpoint, where there is one. ValueError where results would be overwritten."""
-        folder, path = self.args.out, self.checkpoint.path
+        out, path = self.args.out, self.checkpoint.path
         if self.args.resume and path.exists():
             self.step, self.hidden = self.checkpoint.load()
             self.saved_step = self.step
             return
-        results = [*folder.glob("metrics.csv"), *folder.glob("*.pth")]
-        if results:
+        results = [*out.glob("metrics.csv"), *out.glob("*.pth")]
+        if self.args.resume and results:
             raise ValueError(f"{path} is missing beside {results[0].name}; restore it or start a new run elsewhere")
+        if not self.args.resume:
+            refuse_used(out)  # again, since another run may have come and gone
         if rank():
             torch.manual_seed(self.args.seed + rank())  # for dropout: all that must agree is drawn by now
 
@@ -637,7 +647,7 @@ class Trainer:
         """Train to the end; returns the exit status: 0, 1 where it failed or diverged, 128 + a signal that ended it."""
         try:
             double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
-            with self.lock_held(), StopSignal() as stop, double_backward:
+            with StopSignal() as stop, double_backward:
                 return self._run(stop)
         except Exception as error:
             failure = self._failure(error)
@@ -646,12 +656,6 @@ class Trainer:
             if rank() == 0 or not isinstance(error, (FloatingPointError, RanksDiffer)):  # these two hit all ranks alike
                 tqdm.write(f"{failure}; {self._last_checkpoint()}", file=sys.stderr)
             return 2 if isinstance(error, ImageFileError) else 1
-
-    @contextmanager
-    def lock_held(self) -> Iterator[None]:
-        """A block at whose end the folder's lock is released."""
-        try:
-            yield
         finally:
             self.lock.release()
 
@@ -700,7 +704,7 @@ class Trainer:
             self.step, self.hidden = step.number, step.hidden
             waiting.append(step)
             ends_epoch = step.number % self.task.steps_per_epoch == 0
-            if len(waiting) < self._fetch_every() and not ends_epoch:
+            if len(waiting) < self.fetch_every and not ends_epoch:
                 continue
             self._fetch(waiting)
             waiting.clear()
@@ -725,9 +729,6 @@ class Trainer:
             lr = float(self.schedule.get_last_lr()[0])
             message = f"the LR is beyond single precision at step {self.step + 1} (last set: {lr:g})"
             raise FloatingPointError(message) from None
-
-    def _fetch_every(self) -> int:
-        return 1 if next(self.network.parameters()).device.type == "cpu" else FETCH_EVERY
 
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
@@ -775,10 +776,9 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """FloatingPointError where weights, or nets that learn, are not finite: a checkpoint has to be good."""
-        networks = [self.network, *getattr(self.schedule, "nets", [])]
-        for network in networks:
-            for name, parameter in network.named_parameters():
-                if not parameter.isfinite().all():
+        for weights in (dict(self.network.named_parameters()), *self.schedule.state_dict().get("nets", [])):
+            for name, tensor in weights.items():
+                if not tensor.isfinite().all():
                     raise FloatingPointError(f"{name} is not finite after step {self.step}, after LR {self.last_lr}")
 
     def _compare_ranks(self) -> None:

@@ -237,19 +237,22 @@ class FolderLock:
             import fcntl
         except ImportError:  # Windows
             return
-        file = open(self.folder / ".lock", "a+")
+        file = open(self.folder / ".lock", "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            pid, _, command = file.read().strip().partition(" ")
+            pid, _, command = file.read().decode().strip().partition(" ")
             file.close()
             raise ValueError(
                 f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} {' '.join(sys.argv)}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {' '.join(sys.argv)}\n".encode())
+        except OSError as error:
+            file.close()
+            raise OSError(f"{file.name}: could not be written ({error.strerror}); make room") from None
         self.file = file
 
     def release(self) -> None:
