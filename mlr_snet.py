@@ -526,8 +526,9 @@ def hypergradient(
 
 # ---------------------------------------------------------------------------------------------- the measured LR scale
 
-SHORT = 2 / 3  # the best peak of a run over the best rate of a test of few steps; fitted by tables/calibrate.py
+SHORT = 0.6  # the best peak of a run over the best rate of a test of few steps; fitted by tables/calibrate.py
 RANGE_STEPS = 120  # of the range test, which spans five decades
+UNTRAINED_STEPS = 20  # of them, at rates that are too small to matter
 
 
 @dataclass
@@ -571,13 +572,14 @@ def measure_lr_scale(
 ) -> MeasuredScale:
     """The LR scale of a run of num_steps steps, found by training on real batches at trial rates.
 
-        lr_range = ⅔ · the rate at which the smoothed loss of an LR range test is lowest
-        γ = ⅔ · the best of three peaks of short cosines: lr_usual / ⅔, lr_range / ⅔, and their geometric mean
+        lr_range = 0.6 · the rate at which the smoothed loss of an LR range test is lowest
+        γ = 0.6 · the best of three peaks of short cosines: lr_usual / 0.6, lr_range / 0.6, and their geometric mean
 
     next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
     and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
     5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
-    several ranks all of them find the same scale. Raises ValueError when the loss falls at no rate.
+    several ranks all of them find the same scale. Where even the lowest peak blows up, a quarter and a sixteenth of it
+    replace the others. Raises ValueError when the loss falls at no rate.
     Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     if num_steps < 1:
@@ -593,11 +595,19 @@ def measure_lr_scale(
     lr_range = SHORT * _lr_of_lowest_loss(range_test)
     trial_steps = (max(150, num_steps // 20) - RANGE_STEPS) // 3
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
-    trials = []
-    for lr in (usual, math.sqrt(usual * lr_range), lr_range):
-        trials.append(train_at("cosine", [lr / SHORT * factor for factor in cosine]))
+
+    def train_from(lr: float) -> Trial:
+        return train_at("cosine", [lr / SHORT * factor for factor in cosine])
+
+    low, high = sorted((usual, lr_range))
+    trials = [train_from(low)]
+    blown_up = sum(_untrained_loss(range_test))
+    others = (math.sqrt(low * high), high)
+    if _final_loss(trials[0]) > blown_up:
+        others = (low / 4, low / 16)
+    trials += [train_from(lr) for lr in others]
     best = min(trials, key=_final_loss)
-    if _final_loss(best) > range_test.losses[0]:
+    if _final_loss(best) > blown_up:
         tried = ", ".join(f"{trial.rates[0]:.2g}" for trial in trials)
         raise ValueError(f"the training loss grows at each of the peak learning rates {tried}; give a number instead")
     return MeasuredScale(SHORT * best.rates[0], [range_test, *trials])
@@ -646,22 +656,29 @@ def _losses_at(
     return all_reduce_mean(torch.stack(losses).double()).tolist()  # once, so that the host does not wait at every step
 
 
+def _untrained_loss(range_test: Trial) -> tuple[float, float]:
+    """Mean and noise of the loss while the rates are too small to matter."""
+    first = torch.tensor(range_test.losses[:UNTRAINED_STEPS], dtype=torch.float64)
+    return first.mean().item(), first.diff().std().item() / math.sqrt(2)
+
+
 def _lr_of_lowest_loss(range_test: Trial) -> float:
     """The rate at which the smoothed loss is lowest. ValueError if that is within the noise of the batches."""
-    first = torch.tensor(range_test.losses[:20], dtype=torch.float64)  # at rates that are too small to matter
-    if not first.isfinite().all():
+    start, noise = _untrained_loss(range_test)
+    if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
     smoothed, total, weight = [], 0.0, 0.0
     for loss in range_test.losses:
-        if not math.isfinite(loss):
-            break
         total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
+        has_fallen = len(smoothed) > UNTRAINED_STEPS and min(smoothed) < start - noise
+        if not math.isfinite(total) or (has_fallen and total / weight > start + noise):
+            break  # blown up: a network with BatchNorm can recover from that at an absurd rate
         smoothed.append(total / weight)
-    lowest, noise = min(smoothed), first.diff().std() / math.sqrt(2)
-    if lowest >= first.mean() - noise:
+    lowest = min(smoothed)
+    if lowest >= start - noise:
         low, high = range_test.rates[0], range_test.rates[-1]
         raise ValueError(
-            f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {first.mean():.4g} to "
+            f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {start:.4g} to "
             f"{lowest:.4g} at best; check loss and data, or give the scale as a number"
         )
     return range_test.rates[smoothed.index(lowest)]

@@ -295,7 +295,10 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
         limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
         **{name: getattr(args, name) for name in names},
     )
-    sizes = {"embed_size": args.embed_size, "dropout": args.dropout} if args.dataset in TEXTS else {}
+    if isinstance(task, TextTask):
+        sizes = {"embed_size": args.embed_size, "dropout": args.dropout, "seq_len": args.seq_len}
+    else:
+        sizes = {"image_size": task.image_size}
     torch.manual_seed(args.seed)
     network = build_network(args.network, task.num_classes, **sizes).to(device).to(memory_format=torch.channels_last)
     if args.init and not (args.out / "checkpoint.pth").exists():

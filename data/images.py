@@ -173,7 +173,8 @@ class ImageTask:
         if label_noise:
             noisy = noisy_labels(labels, self.train_indices, data.num_classes, label_noise, noise_kind, seed)
             self.train.labels, self.train.true_labels = noisy.to(device), self.train.labels
-        self.num_classes, self.seed, self.batch_size = data.num_classes, seed, batch_size
+        self.num_classes, self.image_size = data.num_classes, data.image_size  # pixels
+        self.seed, self.batch_size = seed, batch_size
         self.device, self.autocast = device, autocast
         self.steps_per_epoch = len(cut(self.train_indices, batch_size))
         size, images = data.image_size, min(batch_size, len(self.train_indices))
