@@ -7,7 +7,8 @@ batch, and DistributedDataParallel's mean of the gradients is its gradient, even
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +82,19 @@ def data_parallel(network: nn.Module) -> nn.Module:
         return network
     # NASNet's cells have parameters that they do not use.
     return DistributedDataParallel(network, find_unused_parameters=getattr(network, "has_unused_parameters", False))
+
+
+@contextmanager
+def averaged_gradients(network: nn.Module) -> Iterator[None]:
+    """Inside the block backward() leaves the mean of the ranks' gradients in .grad, without DistributedDataParallel."""
+    handles = []
+    if world_size() > 1:
+        handles = [parameter.register_hook(all_reduce_mean) for parameter in network.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def broadcast_buffers(network: nn.Module) -> None:

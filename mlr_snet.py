@@ -19,6 +19,8 @@ Source: Shu, Zhu, Zhao, Meng, Xu, "MLR-SNet: Transferable LR Schedules for Heter
 import copy
 import math
 import pickle
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -152,6 +154,11 @@ def lr_scale(loss: float, num_classes: int) -> float:
     return math.sqrt(loss) * max(math.log(loss * num_classes), 1.0) / num_classes**0.25 / 4
 
 
+def has_paper_scale(optimizer: Optimizer) -> bool:
+    """Whether lr_scale was made for the optimizer: SGD without momentum."""
+    return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+
+
 def _check_num_classes(num_classes: int, least: int = 1) -> None:
     if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < least:
         raise ValueError(f"num_classes {num_classes!r}: give a whole number of at least {least}")
@@ -223,7 +230,7 @@ def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
 @contextmanager
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor."""
-    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    weights = _parameters(optimizer)
     entries = [*optimizer.state.values(), *optimizer.param_groups]
     tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
     before = [{name: value if _has_tensors(value) else copy.deepcopy(value) for name, value in entry.items()}
@@ -241,6 +248,10 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
                 for name in entry.keys() - values.keys():
                     del entry[name]
                 entry.update(values)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _has_tensors(value: Any) -> bool:
@@ -411,8 +422,7 @@ def update_directions(optimizer: Optimizer) -> Update:
 
 def parameters_with_grad(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters that the optimizer's next step moves."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return [parameter for parameter in parameters if parameter.grad is not None]
+    return [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
 
 
 @torch.no_grad()
@@ -514,6 +524,155 @@ def hypergradient(
     return -all_reduce_mean(torch.stack([terms[parameter] for parameter in update if parameter in terms]).sum())
 
 
+# ---------------------------------------------------------------------------------------------- the measured LR scale
+
+SHORT = 2 / 3  # the best peak of a run over the best rate of a test of few steps; fitted by tables/calibrate.py
+RANGE_STEPS = 120  # of the range test, which spans five decades
+
+
+@dataclass
+class Trial:
+    """A short training at trial rates: the rate of every step, and the mini-batch loss before it."""
+
+    kind: str  # "range test" or "cosine"
+    rates: list[float]
+    losses: list[float]  # not finite once it blew up
+
+
+@dataclass
+class MeasuredScale:
+    """The scale that measure_lr_scale chose, and everything it tried."""
+
+    scale: float
+    trials: list[Trial]
+
+    @property
+    def num_steps(self) -> int:
+        """The training steps that measuring took."""
+        return sum(len(trial.rates) for trial in self.trials)
+
+
+def usual_lr(optimizer: Optimizer) -> float:
+    """The rate that is best on the average calibration problem: 0.5 · (1 − ρ) for SGD with momentum ρ, 0.005 for Adam.
+
+    Other optimizers were not calibrated: Adadelta has torch's default of 1, the rest have Adam's.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        return 0.5 * (1 - optimizer.param_groups[0]["momentum"])
+    return 1.0 if isinstance(optimizer, torch.optim.Adadelta) else 0.005
+
+
+def measure_lr_scale(
+    network: nn.Module,
+    optimizer: Optimizer,
+    next_loss: Callable[[], Tensor],
+    num_steps: int,
+    max_norm: float | None = None,
+) -> MeasuredScale:
+    """The LR scale of a run of num_steps steps, found by training on real batches at trial rates.
+
+        lr_range = ⅔ · the rate at which the smoothed loss of an LR range test is lowest
+        γ = ⅔ · the best of three peaks of short cosines: lr_usual / ⅔, lr_range / ⅔, and their geometric mean
+
+    next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
+    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
+    5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
+    several ranks all of them find the same scale. Raises ValueError when the loss falls at no rate.
+    Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
+    """
+    if num_steps < 1:
+        raise ValueError(f"a run of {num_steps} steps: give its length, at least 1")
+    usual = usual_lr(optimizer)
+
+    def train_at(kind: str, rates: list[float]) -> Trial:
+        with _restored_run(network, optimizer, next_loss), torch.enable_grad():
+            return Trial(kind, rates, _losses_at(rates, network, optimizer, next_loss, max_norm))
+
+    growth = 1e5 ** (1 / (RANGE_STEPS - 1))
+    range_test = train_at("range test", [usual / 1000 * growth**step for step in range(RANGE_STEPS)])
+    lr_range = SHORT * _lr_of_lowest_loss(range_test)
+    trial_steps = (max(150, num_steps // 20) - RANGE_STEPS) // 3
+    cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
+    trials = []
+    for lr in (usual, math.sqrt(usual * lr_range), lr_range):
+        trials.append(train_at("cosine", [lr / SHORT * factor for factor in cosine]))
+    best = min(trials, key=_final_loss)
+    if _final_loss(best) > range_test.losses[0]:
+        tried = ", ".join(f"{trial.rates[0]:.2g}" for trial in trials)
+        raise ValueError(f"the training loss grows at each of the peak learning rates {tried}; give a number instead")
+    return MeasuredScale(SHORT * best.rates[0], [range_test, *trials])
+
+
+@contextmanager
+def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> Iterator[None]:
+    """Restores everything that training changes, bit for bit, on exit; without gradients at the start."""
+    parameters = list(network.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    was_training, python_state, numpy = network.training, random.getstate(), sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
+    others = [*(set(parameters) - set(_parameters(optimizer))), *network.buffers()]
+    try:
+        with preserved_optimizer(optimizer), preserved(others):
+            network.train()
+            yield
+    finally:
+        network.train(was_training)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        if stream_state is not None:
+            next_loss.load_state_dict(stream_state)
+
+
+def _losses_at(
+    rates: list[float], network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Tensor],
+    max_norm: float | None,
+) -> list[float]:
+    """Train one step at each rate; the mean loss over the ranks before every step."""
+    losses = []
+    for lr in rates:
+        for parameter in network.parameters():
+            parameter.grad = None
+        loss = next_loss()
+        loss.backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        losses.append(loss.detach())
+    return all_reduce_mean(torch.stack(losses).double()).tolist()  # once, so that the host does not wait at every step
+
+
+def _lr_of_lowest_loss(range_test: Trial) -> float:
+    """The rate at which the smoothed loss is lowest. ValueError if that is within the noise of the batches."""
+    first = torch.tensor(range_test.losses[:20], dtype=torch.float64)  # at rates that are too small to matter
+    if not first.isfinite().all():
+        raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
+    smoothed, total, weight = [], 0.0, 0.0
+    for loss in range_test.losses:
+        if not math.isfinite(loss):
+            break
+        total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
+        smoothed.append(total / weight)
+    lowest, noise = min(smoothed), first.diff().std() / math.sqrt(2)
+    if lowest >= first.mean() - noise:
+        low, high = range_test.rates[0], range_test.rates[-1]
+        raise ValueError(
+            f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {first.mean():.4g} to "
+            f"{lowest:.4g} at best; check loss and data, or give the scale as a number"
+        )
+    return range_test.rates[smoothed.index(lowest)]
+
+
+def _final_loss(trial: Trial) -> float:
+    """The mean loss of the last third; infinite if it blew up."""
+    last = trial.losses[-max(1, len(trial.losses) // 3) :]
+    return sum(last) / len(last) if all(map(math.isfinite, trial.losses)) else math.inf
+
+
 # ---------------------------------------------------------------------------------------------- the schedulers
 
 
@@ -521,11 +680,12 @@ class MLRSNetLR:
     """Drives an optimizer by learned schedules; call step(loss) between loss.backward() and optimizer.step().
 
     The K nets share the run, one per K-th of the epochs (three: they change at E//3 and 2·(E//3)); the LSTM state
-    carries over, and past the planned end the last net goes on. gamma is the LR scale: a number, or "auto" for
-    lr_scale of the first loss and, at every change of nets, of the mean loss of the epoch before. With perplexity=True
-    (language models) num_classes is the size of the vocabulary, γ comes from exp(loss) and the net sees
-    loss / ln(num_classes). Parameter groups keep the ratios of their initial rates; the largest gets the learned rate.
-    Raises ValueError for arguments that do not describe a run.
+    carries over, and past the planned end the last net goes on. gamma is the LR scale: a number, such as
+    measure_lr_scale(...).scale, or "paper" for lr_scale of the first loss and, at every change of nets, of the mean
+    loss of the epoch before; "auto" is "paper" for SGD without momentum and refuses other optimizers. With
+    perplexity=True (language models) num_classes is the size of the vocabulary, γ comes from exp(loss) and the net
+    sees loss / ln(num_classes). Parameter groups keep the ratios of their initial rates; the largest gets the learned
+    rate. Raises ValueError for arguments that do not describe a run.
     """
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
@@ -548,15 +708,21 @@ class MLRSNetLR:
             raise ValueError(f"nets of different sizes ({sizes}) cannot share a run, since the LSTM state carries over")
         if num_epochs < 1 or steps_per_epoch < 1:
             raise ValueError(f"{num_epochs} epochs of {steps_per_epoch} steps: both must be at least 1")
-        if gamma != "auto" and not (isinstance(gamma, (int, float)) and math.isfinite(gamma) and gamma > 0):
-            raise ValueError(f"gamma {gamma!r}: give a positive number or 'auto'")
+        is_number = isinstance(gamma, (int, float)) and math.isfinite(gamma) and gamma > 0
+        if gamma not in ("auto", "paper") and not is_number:
+            raise ValueError(f"gamma {gamma!r}: give a positive number, 'auto' or 'paper'")
         _check_num_classes(num_classes, least=2 if perplexity else 1)
         while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = wrapped  # by Accelerate or Lightning
         lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
         self.optimizer, self.nets = optimizer, list(nets)
         self.num_classes, self.perplexity = num_classes, perplexity
-        self.fixed_gamma = None if gamma == "auto" else float(gamma)
+        if gamma == "auto" and not has_paper_scale(self.optimizer):
+            raise ValueError(
+                "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
+                "gamma=measure_lr_scale(network, optimizer, next_loss, num_steps).scale, or gamma='paper'"
+            )
+        self.fixed_gamma = float(gamma) if is_number else None
         self.steps_per_epoch, self.phase_epochs = steps_per_epoch, max(1, num_epochs // len(self.nets))
         self.num_steps = 0
         self.phase = -1

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,22 +22,39 @@ from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
 from baselines import twice_differentiable
-from data import STREAMED, TEXTS, build_task
+from data import PUBLISHED_CORRUPTED, STREAMED, TEXTS, build_task
+from data.corruption import CORRUPTIONS, NOISE_KINDS
 from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
-from distributed import all_gather, data_parallel, gather_hidden, init_distributed, is_lost_rank, rank, shard_hidden
+from distributed import (
+    all_gather,
+    data_parallel,
+    gather_hidden,
+    init_distributed,
+    is_lost_rank,
+    rank,
+    shard_hidden,
+    world_size,
+)
+from measuring import Measurement
 from mlr_snet import SHIPPED, Schedule, Step, train
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
 from utils import (
     COSTS,
     ROOT,
+    FolderLock,
     Parser,
     autocast,
+    checksum,
     choose_algorithms,
+    end_with_launcher,
+    first_line,
+    folder,
+    is_out_of_memory,
     number,
-    number_or_auto,
+    number_or,
     peak_memory_mib,
     pick_device,
     plain,
@@ -50,13 +68,15 @@ FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers 
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
-                  "skip_bad_images": False}
+                  "skip_bad_images": False, "corruption": None, "severity": None, "label_noise": None,
+                  "noise_kind": None}
 IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5}
 
 # What build_task takes from the flags of one modality
-IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images")
+IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
+                 "label_noise", "noise_kind")
 TEXT_OPTIONS = ("seq_len", "tokens")
 
 
@@ -66,7 +86,7 @@ TEXT_OPTIONS = ("seq_len", "tokens")
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that meta-train and meta-test share."""
     add = parser.add_argument
-    positive = number(int, 1)
+    positive = number(int, 1, 2**31 - 1)
     add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive,
         help="epochs (default: 200; imagenet: 90; text: 150)")
     add("--batch-size", "--batch_size", type=positive,
@@ -74,33 +94,44 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
     add("--wd", type=number(float, 0), help="weight decay of the network (default: 5e-4; text: 5e-6)")
-    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
-        help="LR scale, the largest rate MLR-SNet can give; for adam use a number near 1e-3 (default: auto)")
+    add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
+        help="LR scale, the largest rate MLR-SNet can give: a number, the paper's formula, or measured by short "
+        "training before the run (default: auto, which is paper for SGD without momentum and measured for the rest)")
     add("--data-root", type=Path, default=ROOT / "data" / "downloads", help="folder of the data, or for its download")
     add("--limit-train", type=positive, metavar="N",
         help="train on N class-balanced images, or on the first N tokens (default: all)")
     add("--limit-test", type=positive, metavar="N",
         help="test on N class-balanced images, or on the first N tokens (default: all)")
-    add("--out", type=Path, help="the run's folder (default: result/<network>_<dataset> beside the script)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, data order and meta set (default: 0)")
+    add("--out", type=folder, help="the run's folder (default: result/<network>_<dataset> beside the script)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and meta set (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda or another that torch names (default: auto: cuda or cpu)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
-    add("--average-decay", type=number_or_auto(number(float, 0, 0.9999999)),
+    add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"),
         help="of the running average, per step (default: auto, which averages over about an epoch, 0.9 to 0.999)")
     add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
     add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--resume", action="store_true", help="continue the run in --out with its own arguments")
     images = parser.add_argument_group("images")
-    images.add_argument("--num-meta", type=positive,
+    images.add_argument("--num-meta", type=number(int, 0, 2**31 - 1),
                         help="training images held out to steer MLR-SNet or to validate (default: 1000; meta-test: 0)")
     images.add_argument("--image-size", type=positive,
                         help="resize to this many pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
-    images.add_argument("--workers", type=number(int, 0),
+    images.add_argument("--workers", type=number(int, 0, 1000),
                         help="processes that read tinyimagenet or imagenet (default: one per core, at most 8)")
     images.add_argument("--skip-bad-images", action="store_true", default=None,
                         help="leave out image files that cannot be read, and report them (default: stop at the first)")
+    corruption = parser.add_argument_group("corruption", "of the training images; meta and test images stay clean")
+    corruption.add_argument("--corruption", metavar="NAME",
+                            help=f"damage the images: {', '.join(CORRUPTIONS)}; of cifar10-c and cifar100-c the file "
+                            "to train on (default: none)")
+    corruption.add_argument("--severity", type=number(int, 0, 5), help="of --corruption, 0 (none) to 5 (default: 3)")
+    corruption.add_argument("--label-noise", type=number(float, 0, 1), metavar="RATE",
+                            help="give this share of the images a wrong label (default: 0)")
+    corruption.add_argument("--noise-kind", choices=NOISE_KINDS,
+                            help="wrong labels are any other class (uniform, the default), one other class for each "
+                            "class (flip), or one of two others (flip2)")
     text = parser.add_argument_group("text")
     text.add_argument("--seq-len", "--seq_len", type=positive, help="tokens per sequence (default: 35)")
     text.add_argument("--tokens", choices=["word", "char"], help="unit of the text (default: word)")
@@ -111,55 +142,117 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_run_arguments(
     parser: Parser, script: Path, argv: list[str] | None, **defaults: Any
-) -> argparse.Namespace:
-    """Parse, settle --out and the defaults; on --resume take the run's own arguments and refuse others.
+) -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, with --out and the defaults settled, and the names of those that the command line gives.
 
-    `defaults` are the script's own for flags of the images.
+    --resume takes the run's own arguments and refuses others. `defaults` are the script's own for flags of the images.
     """
     args = parser.parse_args(argv)
-    args.out = args.out or script.parent / "result" / f"{args.network}_{args.dataset}"
-    args.out = args.out.absolute()
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file; give a folder")
-    record = args.out / "args.json"
-    if not args.resume:
-        if record.exists():
-            parser.error(f"--out {args.out} holds another run; continue it with --resume or give another --out")
-        _settle(parser, args, defaults)
-        return args
+    unset = object()
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(marked).items() if value is not unset}
+    args.script = script.stem
+    args.out = (args.out or script.parent / "result" / f"{args.network}_{args.dataset}").absolute()
     try:
-        stored = json.loads(record.read_text())["arguments"]
-    except (OSError, ValueError, KeyError):
-        parser.error(f"--resume: no run in {args.out} (no readable args.json)")
-    given = {key: plain(value) for key, value in vars(args).items() if value != parser.get_default(key)}
-    for key, value in given.items():
-        if key not in ("resume", "out") and stored.get(key) != value:
-            flag = key.replace("_", "-")
-            parser.error(f"--resume continues with the run's own --{flag} {stored.get(key)}; leave --{flag} out")
-    for key, value in stored.items():
-        if key not in ("resume", "out"):
-            setattr(args, key, Path(value) if key == "data_root" else value)
-    return args
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a file; give a folder")
+        if args.resume:
+            args = _resumed(parser, args, given)
+        else:
+            refuse_used(args.out)
+        _settle(args, defaults)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args, given
 
 
-def _settle(parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Give the flags that were left out the defaults of the modality; refuse what does not fit it."""
+def refuse_used(out: Path) -> None:
+    """ValueError where the folder holds a run."""
+    if any((out / name).exists() for name in ("args.json", "checkpoint.pth", "metrics.csv")):
+        raise ValueError(f"--out {out} holds another run; continue it with --resume or give another --out")
+
+
+def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+    """The arguments of the run in --out. ValueError where args.json cannot give them, or differs from those given."""
+    record = args.out / "args.json"
+    if not record.exists():
+        if (args.out / "checkpoint.pth").exists():
+            raise ValueError(f"{record} is missing beside checkpoint.pth; restore it or start a new run elsewhere")
+        raise ValueError(f"--resume: no run in {args.out}; leave --resume out to start one")
+    stored = _stored_arguments(args.out)
+    script = stored.get("script", args.script)
+    if script != args.script:
+        raise ValueError(f"--out {args.out} holds a run of {script}.py; resume it with that script")
+    if stored.keys() != vars(args).keys():
+        different = ", ".join(sorted(stored.keys() ^ vars(args).keys()))
+        raise ValueError(f"{record} is of another version of this software (missing or unknown: {different}); "
+                         "start a new run in another --out")
+    parser.exit_on_error = False
+    try:  # the stored arguments pass the same checks as a command line
+        resumed = parser.parse_args(_command_line(parser, stored))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{record} is damaged: {error}") from None
+    for name in given - {"resume", "out"}:
+        if plain(getattr(args, name)) != plain(getattr(resumed, name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume continues with the run's own {flag} {stored[name]}; leave {flag} out")
+    resumed.out, resumed.resume, resumed.script = args.out, True, args.script
+    return resumed
+
+
+def _stored_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments in a run's args.json. ValueError where there are none."""
+    record = folder / "args.json"
+    try:
+        arguments = json.loads(record.read_text())["arguments"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} holds no run's arguments ({type(error).__name__})") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{record} holds no run's arguments (not a table)")
+    return arguments
+
+
+def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
+    """The words that give the parser these arguments."""
+    words = []
+    for action in parser._actions:  # argparse has no public list of its flags
+        value = arguments.get(action.dest)
+        flag = action.option_strings[0]
+        if action.dest in ("help", "out", "resume") or value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Give the flags that were left out the defaults of the modality. ValueError for those that do not fit."""
     is_text = args.dataset in TEXTS
     fitting = LANGUAGE_MODELS if is_text else IMAGE_NETWORKS
     if args.network not in fitting:
         kind = "text" if is_text else "images"
-        parser.error(f"--network {args.network} is not for {kind}; for {args.dataset} choose from {', '.join(fitting)}")
-    if not _averages(args) and args.average_decay is not None:
-        parser.error("--average-decay belongs to --average or --meta-point average; leave it out")
+        raise ValueError(
+            f"--network {args.network} is not for {kind}; for {args.dataset} choose from {', '.join(fitting)}"
+        )
+    if args.momentum and args.optimizer != "sgd":
+        raise ValueError(f"--momentum belongs to --optimizer sgd; leave it out with {args.optimizer}")
+    if not _averages(args) and args.average_decay not in (None, "auto"):
+        raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")
     args.average_decay = args.average_decay or "auto"
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
     if args.dataset == "imagenet":
         own = own | IMAGENET_DEFAULTS
+    if args.dataset in PUBLISHED_CORRUPTED:
+        own = own | {"num_meta": min(defaults.get("num_meta", 0), PUBLISHED_CORRUPTED[args.dataset])}
     if args.workers is not None and args.dataset not in STREAMED:
-        parser.error(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
+        raise ValueError(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")
     for name, default in own.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -177,10 +270,9 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
     paths = [Path(net) for net in nets]
     if len(paths) > 1 or not paths[0].is_dir():
         return paths
-    try:
-        num_epochs = json.loads((paths[0] / "args.json").read_text())["arguments"]["num_epoch"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{paths[0]}: no meta-train run (no readable args.json)") from None
+    num_epochs = _stored_arguments(paths[0]).get("num_epoch")
+    if not isinstance(num_epochs, int):
+        raise ValueError(f"{paths[0] / 'args.json'} names no number of epochs; give .pth files")
     epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
     return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]
 
@@ -193,7 +285,9 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
 
     Every rank draws the network, and after it MLR-SNet, from the same random stream.
     """
-    device = init_distributed(pick_device(args.device))
+    device = pick_device(args.device)
+    end_with_launcher()
+    device = init_distributed(device)
     choose_algorithms(args.deterministic)
     names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
     task = build_task(
@@ -204,7 +298,7 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     sizes = {"embed_size": args.embed_size, "dropout": args.dropout} if args.dataset in TEXTS else {}
     torch.manual_seed(args.seed)
     network = build_network(args.network, task.num_classes, **sizes).to(device).to(memory_format=torch.channels_last)
-    if args.init and not args.resume:
+    if args.init and not (args.out / "checkpoint.pth").exists():
         try:
             network.load_state_dict(torch.load(args.init, map_location="cpu", weights_only=True))
         except Exception as error:  # a foreign file fails in many ways; each ends in this one line
@@ -234,16 +328,19 @@ class Metrics:
         self.totals = dict(self.EMPTY)
         self.clock = time.perf_counter()
 
-    def add(self, size: int, loss: float, accuracy: float, lr: float) -> None:
+    def add(self, size: int, lr: float, loss: float, accuracy: float, clean_accuracy: float | None = None) -> None:
         """Count a step with `size` targets."""
-        for name, value in (("loss", loss), ("accuracy", accuracy), ("lr", lr)):
-            self.totals[name] += value * size
+        values = {"loss": loss, "accuracy": accuracy, "lr": lr}
+        if clean_accuracy is not None:
+            values["clean_accuracy"] = clean_accuracy
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * size
         self.totals["size"] += size
 
-    def means(self) -> tuple[float, float, float]:
-        """Loss, accuracy (%) and LR of the present epoch, averaged over its targets."""
-        loss, accuracy, lr = (self.totals[name] / self.totals["size"] for name in ("loss", "accuracy", "lr"))
-        return loss, accuracy, lr
+    def means(self) -> dict[str, float]:
+        """Loss, LR and accuracies (%) of the present epoch, averaged over its targets."""
+        size = self.totals["size"]
+        return {name: total / size for name, total in self.totals.items() if name not in ("size", "seconds")}
 
     def start_clock(self) -> None:
         """Time counts from here."""
@@ -292,6 +389,12 @@ class Cost:
         if self.counting:
             self.counts[name] += 1
 
+    def add_steps(self, num_steps: int) -> None:
+        """Count the training steps that measured the LR scale."""
+        self.counts["measuring_steps"] = num_steps
+        for name in ("forward_passes", "backward_passes"):
+            self.counts[name] += num_steps
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block nothing counts."""
@@ -318,6 +421,8 @@ class Log:
     """What a run shows on rank 0: a progress bar, a line per epoch, TensorBoard events."""
 
     def __init__(self, folder: Path, num_steps: int, done: int):
+        self.excepthook = threading.excepthook
+        threading.excepthook = lambda _: None  # TensorBoard's thread raises its error again in this one
         self.writer = SummaryWriter(str(folder), purge_step=done + 1) if rank() == 0 else None
         self.bar = tqdm(total=num_steps, initial=done, disable=True if rank() else None, leave=False)
 
@@ -336,8 +441,11 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
-        if self.writer:
-            self.writer.close()
+        try:
+            if self.writer:
+                self.writer.close()
+        finally:
+            threading.excepthook = self.excepthook
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
@@ -354,7 +462,8 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     metric = ("acc", "accuracy (%)") if "test_acc" in rows[0] else ("ppl", "perplexity")
     columns = (("loss", "loss (nats)"), metric)
     for panel, (column, label) in zip(panels, columns, strict=False):
-        curves = {f"train_{column}": ("-", "train"), f"test_{column}": ("--", "test"),
+        curves = {f"train_{column}": ("-", "train"), f"train_clean_{column}": (":", "train, true labels"),
+                  f"test_{column}": ("--", "test"),
                   f"test_{column}_average": ("k-", "test, averaged weights")}
         for name, (style, title) in curves.items():
             if name in rows[0]:
@@ -377,44 +486,72 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
 
 
 class Checkpoint:
-    """checkpoint.pth: all that continuing the run bit for bit needs. `parts` are the things with a state_dict."""
+    """checkpoint.pth: all that continuing the run bit for bit needs. `parts` are the things with a state_dict.
 
-    def __init__(self, path: Path, parts: dict[str, Any]):
-        self.path, self.parts = path, parts
+    Its arguments, a fingerprint of its data and a checksum of its content stand in the file, too.
+    """
+
+    def __init__(self, args: argparse.Namespace, fingerprint: str, parts: dict[str, Any]):
+        self.path, self.parts, self.seed = args.out / "checkpoint.pth", parts, args.seed
+        self.data_root, self.fingerprint = args.data_root, fingerprint
+        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in ("out", "resume")}
 
     def save(self, step: int, hidden: Any) -> None:
         """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        save(self.path, {
+        state = {
             "format": FORMAT,
+            "arguments": self.arguments,
+            "data": self.fingerprint,
             "step": step,
             "hidden": gather_hidden(hidden),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "rng": all_gather((torch.get_rng_state(), cuda)),
-        })
+        }
+        if rank() == 0:
+            save(self.path, {**state, "checksum": checksum(state)})
 
     def load(self) -> tuple[int, Any]:
         """Restore the parts and this rank's random generators; returns the step and the hidden state.
 
-        Raises ValueError for a checkpoint of something else.
+        Raises ValueError, which names what is wrong, for a damaged checkpoint and for one of another run.
         """
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
-            raise ValueError(f"{self.path}: not a readable checkpoint ({type(error).__name__})") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"{self.path}: of another version of this software; start a new run in another --out")
+        state = self._read()
+        for name in self.arguments.keys() | state["arguments"].keys():
+            theirs, ours = state["arguments"].get(name), self.arguments.get(name)
+            if theirs != ours:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{self.path} belongs to another run: its {flag} is {theirs}, not {ours}")
+        if state["data"] != self.fingerprint:
+            raise ValueError(
+                f"the data in {self.data_root} are not those that the run began with: their fingerprint is "
+                f"{self.fingerprint}, in {self.path} it is {state['data']}; restore them or start a new run"
+            )
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
-        except Exception as error:
-            raise ValueError(f"{self.path}: not a checkpoint of this run ({type(error).__name__})") from error
+        except Exception as error:  # parts fail in many ways; each ends in this one line
+            raise ValueError(f"{self.path}: not a checkpoint of this run ({first_line(error)})") from error
         if rank() < len(state["rng"]):
             rng, cuda_rng = state["rng"][rank()]
             torch.set_rng_state(rng)
             if cuda_rng is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(cuda_rng)
+        else:  # there are more ranks than before
+            torch.manual_seed(self.seed + rank())
         return state["step"], shard_hidden(state["hidden"])
+
+    def _read(self) -> dict[str, Any]:
+        """The file's content. ValueError where it is damaged or of another version."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
+            raise ValueError(f"{self.path} is damaged: not a readable checkpoint ({type(error).__name__})") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is of another version of this software; start a new run in another --out")
+        if state.pop("checksum", None) != checksum(state):
+            raise ValueError(f"{self.path} is damaged: its content does not match its checksum; restore a copy of it")
+        return state
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -432,7 +569,8 @@ class StopSignal:
 
     def _receive(self, number: int, frame: Any) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if world_size() == 1:  # torchrun passes on the signals that the terminal sends to the ranks as well
+            signal.signal(number, signal.SIG_DFL)
 
     def __enter__(self) -> "StopSignal":
         self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -443,11 +581,15 @@ class StopSignal:
             signal.signal(which, handler)
 
 
+class RanksDiffer(Exception):
+    """The ranks have come to different weights or rates."""
+
+
 class Trainer:
     """One run: trains, logs and writes the run's folder; under --resume from its checkpoint on.
 
     after_epoch is called with the number of every epoch that has ended, before its checkpoint. Raises ValueError for a
-    checkpoint of something else.
+    folder that another process uses, and for a checkpoint that is damaged or of something else.
     """
 
     def __init__(
@@ -459,48 +601,79 @@ class Trainer:
         schedule: Schedule,
         meta_stream: MetaStream,
         average: Average | None = None,
+        measurement: Measurement | None = None,
         after_epoch: Callable[[int], None] = lambda epoch: None,
     ):
         self.args, self.task, self.network = args, task, network
         self.optimizer, self.schedule, self.average, self.after_epoch = optimizer, schedule, average, after_epoch
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
-        self.metrics, self.cost = Metrics(), Cost(network, args.compile)
+        self.saved_step: int | None = None
+        on_cpu = next(network.parameters()).device.type == "cpu"
+        self.fetch_every = 1 if on_cpu else FETCH_EVERY
+        self.metrics, self.cost, self.measurement = Metrics(), Cost(network, args.compile), measurement
         parts = {
             "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
             "metrics": self.metrics, "cost": self.cost,
         }
         if average:
             parts["average"] = average
-        self.checkpoint = Checkpoint(args.out / "checkpoint.pth", parts)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            write_atomically(args.out / "args.json", json.dumps(provenance(args), indent=1).encode())
-        elif self.checkpoint.path.exists():
+        self.checkpoint = Checkpoint(args, task.fingerprint(), parts)
+        self.lock = FolderLock(args.out)
+        if rank() == 0:
+            self.lock.acquire()
+        try:
+            self._restore()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _restore(self) -> None:
+        """Continue from the checkpoint, where there is one. ValueError where results would be overwritten."""
+        out, path = self.args.out, self.checkpoint.path
+        if self.args.resume and path.exists():
             self.step, self.hidden = self.checkpoint.load()
-        if rank() and not self.step:
-            torch.manual_seed(args.seed + rank())  # dropout masks differ between the ranks; all else is drawn by now
+            self.saved_step = self.step
+            return
+        results = [*out.glob("metrics.csv"), *out.glob("*.pth")]
+        if self.args.resume and results:
+            raise ValueError(f"{path} is missing beside {results[0].name}; restore it or start a new run elsewhere")
+        if not self.args.resume:
+            refuse_used(out)  # again, since another run may have come and gone
+        if rank():
+            torch.manual_seed(self.args.seed + rank())  # for dropout: all that must agree is drawn by now
 
     def run(self) -> int:
-        """Train to the end; returns the exit status: 0, 1 where it diverged, 128 + the signal that stopped it."""
-        if self.step == self.num_steps:
-            self._say(f"{self.args.out}: the run is complete")
-        self.log = Log(self.args.out, self.num_steps, self.step)
+        """Train to the end; returns the exit status: 0, 1 where it failed or diverged, 128 + a signal that ended it."""
         try:
             double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
             with StopSignal() as stop, double_backward:
-                stop_signal = self._train(stop)
-        except FloatingPointError as error:
-            self._say(f"diverged: {error}; {self._last_checkpoint()}", sys.stderr)
-            return 1
-        except ImageFileError as error:
-            print(f"error: {error}; {self._last_checkpoint()}", file=sys.stderr)
-            return 2
-        except RuntimeError as error:
-            if not is_lost_rank(error):
+                return self._run(stop)
+        except Exception as error:
+            failure = self._failure(error)
+            if not failure:
                 raise
-            print(f"another rank has ended; {self._last_checkpoint()}; continue with --resume", file=sys.stderr)
-            return 1
+            if rank() == 0 or not isinstance(error, (FloatingPointError, RanksDiffer)):  # these two hit all ranks alike
+                tqdm.write(f"{failure}; {self._last_checkpoint()}", file=sys.stderr)
+            return 2 if isinstance(error, ImageFileError) else 1
+        finally:
+            self.lock.release()
+
+    def _run(self, stop: StopSignal) -> int:
+        if self.step == self.num_steps:
+            self._say(f"{self.args.out}: the run is complete")
+        if self.saved_step is None:
+            write_atomically(self.args.out / "args.json", json.dumps(provenance(self.args), indent=1).encode())
+            if self.measurement:
+                self.measurement.write(self.args.out)
+                self.cost.add_steps(self.measurement.result.num_steps)
+                self.metrics.totals["seconds"] += self.measurement.seconds  # of the first epoch
+            self._save_checkpoint()
+        else:
+            self._compare_ranks()
+        self.log = Log(self.args.out, self.num_steps, self.step)
+        try:
+            stop_signal = self._train(stop)
         finally:
             self.log.close()
         if stop_signal:
@@ -511,6 +684,18 @@ class Trainer:
         self._save_networks()
         return 0
 
+    def _failure(self, error: Exception) -> str:
+        """What has gone wrong, in one line; nothing for an error of the program itself."""
+        if isinstance(error, FloatingPointError):
+            return f"diverged: {error}"
+        if isinstance(error, (OSError, RanksDiffer, ImageFileError)):
+            return f"error: {' '.join(str(error).split())}"
+        if is_out_of_memory(error):
+            return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
+        if isinstance(error, RuntimeError) and is_lost_rank(error):
+            return "another rank has ended; continue with --resume"
+        return ""
+
     def _train(self, stop: StopSignal) -> int:
         """Take all steps; returns the signal that stopped them, or 0."""
         self.metrics.start_clock()
@@ -519,7 +704,7 @@ class Trainer:
             self.step, self.hidden = step.number, step.hidden
             waiting.append(step)
             ends_epoch = step.number % self.task.steps_per_epoch == 0
-            if len(waiting) < self._fetch_every() and not ends_epoch:
+            if len(waiting) < self.fetch_every and not ends_epoch:
                 continue
             self._fetch(waiting)
             waiting.clear()
@@ -527,7 +712,7 @@ class Trainer:
                 self._end_epoch(step.number // self.task.steps_per_epoch)
             if stop_signal := stop.seen():
                 self.metrics.count_seconds()
-                self.checkpoint.save(self.step, self.hidden)
+                self._save_checkpoint()
                 return stop_signal
         return 0
 
@@ -536,42 +721,79 @@ class Trainer:
             data_parallel(self.network), self.task, self.optimizer, self.schedule, self.args.num_epoch, self.step,
             self.hidden,
         )
-        return self.average.following(steps) if self.average else steps
-
-    def _fetch_every(self) -> int:
-        return 1 if next(self.network.parameters()).device.type == "cpu" else FETCH_EVERY
+        try:
+            yield from self.average.following(steps) if self.average else steps
+        except (OverflowError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "without overflow" not in str(error):
+                raise
+            lr = float(self.schedule.get_last_lr()[0])
+            message = f"the LR is beyond single precision at step {self.step + 1} (last set: {lr:g})"
+            raise FloatingPointError(message) from None
 
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
         for step in steps:
-            loss, accuracy, lr = float(step.loss), float(step.accuracy), float(step.lr)
+            loss, lr = float(step.loss), float(step.lr)
+            accuracies = step.accuracy.flatten().tolist()  # under label noise the second is on the true labels
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step.number}, after LR {self.last_lr}")
             if not math.isfinite(lr):
                 raise FloatingPointError(f"the LR is {lr} at step {step.number}, at loss {loss}")
             self.last_lr = lr
-            self.metrics.add(step.size, loss, accuracy, lr)
-            self.log.step(step.number, loss, accuracy, lr)
+            self.metrics.add(step.size, lr, loss, *accuracies)
+            self.log.step(step.number, loss, accuracies[0], lr)
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate, log, and write metrics and checkpoint."""
-        loss, accuracy, lr = self.metrics.means()
+        means = self.metrics.means()
+        lr = means.pop("lr")
         with self.cost.paused():
-            results = self._evaluate(loss, accuracy)
+            results = self._evaluate(means)
+        for name, value in results.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} after step {self.step}, the last one of epoch {epoch}")
+        self._check_finite()
         self.log.epoch(self.metrics.end_epoch({"epoch": epoch, "lr": lr, **results}))
         self.after_epoch(epoch)
         self._write_metrics()
-        self.checkpoint.save(self.step, self.hidden)
+        self._save_checkpoint()
 
-    def _evaluate(self, loss: float, accuracy: float) -> dict[str, float]:
-        """The columns of the epoch with this mean training loss and accuracy (%)."""
+    def _evaluate(self, means: dict[str, float]) -> dict[str, float]:
+        """The columns of the epoch with these means of the training loss and accuracies (%)."""
         with evaluating(self.optimizer, self.network, self.task):
-            row = self.task.train_metrics(loss, accuracy) | self.task.evaluate(self.network)
+            row = self.task.train_metrics(**means) | self.task.evaluate(self.network)
             if self.average and self.args.average:
                 name = "test_ppl" if self.task.perplexity else "test_acc"
                 with self.average.swapped_in(self.task):
                     row[f"{name}_average"] = self.task.evaluate(self.network)[name]
         return row
+
+    def _save_checkpoint(self) -> None:
+        self._check_finite()
+        self._compare_ranks()
+        self.checkpoint.save(self.step, self.hidden)
+        self.saved_step = self.step
+
+    def _check_finite(self) -> None:
+        """FloatingPointError where weights, or nets that learn, are not finite: a checkpoint has to be good."""
+        for weights in (dict(self.network.named_parameters()), *self.schedule.state_dict().get("nets", [])):
+            for name, tensor in weights.items():
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(f"{name} is not finite after step {self.step}, after LR {self.last_lr}")
+
+    def _compare_ranks(self) -> None:
+        """RanksDiffer unless all ranks hold the same weights, schedule and rates."""
+        if world_size() == 1:
+            return
+        mine = {
+            "weights": checksum(*self.network.parameters()),
+            "schedule": checksum(self.schedule.state_dict()),
+            "rates": checksum(*self.schedule.get_last_lr()),
+        }
+        everyone = all_gather(mine)
+        different = [name for name in mine if len({theirs[name] for theirs in everyone}) > 1]
+        if different:
+            raise RanksDiffer(f"the ranks differ in {' and '.join(different)} at step {self.step}; please report this")
 
     def _write_metrics(self) -> None:
         self.metrics.write(self.args.out / "metrics.csv")
@@ -585,8 +807,7 @@ class Trainer:
                     save(self.args.out / "network_average.pth", self.network.state_dict())
 
     def _last_checkpoint(self) -> str:
-        rows = self.metrics.rows
-        step = f"the checkpoint of step {rows[-1]['epoch'] * self.task.steps_per_epoch}" if rows else "none"
+        step = "none" if self.saved_step is None else f"the checkpoint of step {self.saved_step}"
         return f"last good checkpoint: {step}"
 
     def _say(self, text: str, file: Any = None) -> None:

@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import io
 import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -80,18 +82,26 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+            is_finite = math.isfinite(value)
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}") from None
-        if value < low or value > high or (above and value == low) or not math.isfinite(float(value)):
+        if not is_finite or value < low or value > high or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return value
 
     return parse
 
 
-def number_or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type: what `parse` takes, or the word auto."""
-    return lambda text: text if text == "auto" else parse(text)
+def number_or(parse: Callable[[str], Any], *words: str) -> Callable[[str], Any]:
+    """An argparse type: one of the words, or what `parse` takes."""
+    return lambda text: text if text in words else parse(text)
+
+
+def folder(text: str) -> Path:
+    """An argparse type: the path of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; give a folder")
+    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,12 +131,39 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        mine = str(error)
+        mine = " ".join(str(error).split())
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        mine = f"this does not fit in memory ({first_line(error)}); lower the sizes"
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     errors = [error for error in all_gather(mine) if error]
     if errors:
         if _is_first_rank():
             print(f"{Path(sys.argv[0]).name}: error: {errors[0]}", file=sys.stderr)
         sys.exit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """What the error says, without torch's stack."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether sizes do not fit in memory, or in the integers that count it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("allocate memory", "out of memory", "calculation overflow", "multiplication overflow", "buffer size")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def end_with_launcher() -> None:
+    """Under torchrun on Linux: be stopped by SIGTERM when the launcher ends, so that no rank stays behind."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -137,11 +174,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     if rank():
         return
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error.strerror}); make room or give another --out") from None
 
 
 def save(path: Path, content: Any) -> None:
@@ -196,19 +237,22 @@ class FolderLock:
             import fcntl
         except ImportError:  # Windows
             return
-        file = open(self.folder / ".lock", "a+")
+        file = open(self.folder / ".lock", "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            pid, _, command = file.read().strip().partition(" ")
+            pid, _, command = file.read().decode().strip().partition(" ")
             file.close()
             raise ValueError(
                 f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} {' '.join(sys.argv)}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {' '.join(sys.argv)}\n".encode())
+        except OSError as error:
+            file.close()
+            raise OSError(f"{file.name}: could not be written ({error.strerror}); make room") from None
         self.file = file
 
     def release(self) -> None:

@@ -5,16 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .corruption import DEFAULT_SEVERITY, PUBLISHED, Corruption
 from .images import Data, ImageTask
-from .in_memory import cifar10, cifar100, digits, folder, svhn
+from .in_memory import cifar10, cifar10_c, cifar100, cifar100_c, digits, folder, svhn
 from .streamed import imagenet, tinyimagenet
 from .text import TextTask, ptb, pydoc, text_folder
 
 IMAGES: dict[str, Callable[..., Data]] = {  # of root, image size and seed
     "cifar10": cifar10, "cifar100": cifar100, "svhn": svhn, "tinyimagenet": tinyimagenet, "imagenet": imagenet,
-    "folder": folder, "digits": digits,
+    "folder": folder, "digits": digits, "cifar10-c": cifar10_c, "cifar100-c": cifar100_c,
 }
 STREAMED = ("tinyimagenet", "imagenet")  # read from disk by worker processes; the others are held in memory
+PUBLISHED_CORRUPTED = {"cifar10-c": 100, "cifar100-c": 1000}  # with the number of clean images for the meta set
 IMAGE_FILES = ("folder", *STREAMED)  # one file per image
 TEXTS = {"ptb": ptb, "text": text_folder, "pydoc": pydoc}
 DATASETS = [*IMAGES, *TEXTS]
@@ -22,23 +24,40 @@ DATASETS = [*IMAGES, *TEXTS]
 
 def build_task(
     name: str, root: Path, *, seed: int = 0, image_size: int | None = None, tokens: str = "word",
-    workers: int | None = None, skip_bad_images: bool = False, **options: Any
+    workers: int | None = None, skip_bad_images: bool = False, corruption: str | None = None,
+    severity: int | None = None, label_noise: float | None = None, noise_kind: str | None = None, **options: Any
 ) -> ImageTask | TextTask:
     """The task of the data set `name` under `root`; `options` are those of ImageTask or TextTask.
 
     image_size is in pixels. tokens, "word" or "char", is the unit of a text. workers is the number of processes that
     read a streamed data set, by default one per core and at most 8. skip_bad_images leaves out image files that cannot
-    be read; without it they raise files.ImageFileError, in a streamed data set when their turn comes. Raises ValueError
-    for data that are not available.
+    be read; without it they raise files.ImageFileError, in a streamed data set when their turn comes. corruption,
+    severity (0 to 5, default 3), label_noise (a share) and noise_kind (default "uniform") spoil the training images,
+    see corruption.py. Raises ValueError for data that are not available.
     """
-    if name in IMAGES:
-        workers = min(os.cpu_count() or 1, 8) if workers is None else workers
-        for_files: dict[str, Any] = {}
-        if skip_bad_images:
-            if name not in IMAGE_FILES:
-                raise ValueError(f"--skip-bad-images is for {', '.join(IMAGE_FILES)}; leave it out for {name}")
-            for_files["skip_bad_images"] = True
-        return ImageTask(IMAGES[name](root, image_size, seed, **for_files), seed=seed, workers=workers, **options)
     if name in TEXTS:
         return TextTask(TEXTS[name](root, tokens), **options)
-    raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")
+    if name not in IMAGES:
+        raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")
+    if corruption is None and severity is not None:
+        raise ValueError("--severity belongs to --corruption; leave it out")
+    if label_noise is None and noise_kind is not None:
+        raise ValueError("--noise-kind belongs to --label-noise; leave it out")
+    if severity is None:
+        severity = DEFAULT_SEVERITY
+    for_loader: dict[str, Any] = {}
+    if skip_bad_images:
+        if name not in IMAGE_FILES:
+            raise ValueError(f"--skip-bad-images is for {', '.join(IMAGE_FILES)}; leave it out for {name}")
+        for_loader["skip_bad_images"] = True
+    if name in PUBLISHED_CORRUPTED:
+        if corruption is None:
+            raise ValueError(f"{name} needs --corruption; choose from {', '.join(PUBLISHED)}")
+        for_loader.update(corruption=corruption, severity=severity)
+    elif corruption is not None:
+        options["corruption"] = Corruption(corruption, severity, seed)
+    data = IMAGES[name](root, image_size, seed, **for_loader)
+    workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+    return ImageTask(
+        data, seed=seed, workers=workers, label_noise=label_noise or 0.0, noise_kind=noise_kind or "uniform", **options
+    )

@@ -15,6 +15,8 @@ from torchvision.transforms.functional import resize
 
 from distributed import rank
 
+from . import cache
+
 MOST_REPORTED = 10  # bad files that are listed by name
 
 Samples = list[tuple[str, int]]  # file and class of every image
@@ -65,11 +67,25 @@ def class_folders(folder: Path) -> ImageFolder:
 
 
 def decode(samples: Samples, folder: Path, size: int, skip_bad: bool) -> tuple[Tensor, Tensor]:
-    """The images of a folder, uint8 (number, 3, size, size), and their labels (number,).
+    """The images of a folder, uint8 (number, 3, size, size), and their labels (number,); decoded once and then cached.
 
     Raises ImageFileError at the first file that cannot be read, or with `skip_bad` leaves such files out.
     """
     check_memory(3 * size * size * len(samples), f"{len(samples)} images of {size}×{size} pixels")
+    shape = (len(samples), 3, size, size)
+    entry = cache.entry_for([path for path, _ in samples], folder, size)
+    cached = cache.load(entry, shape) if entry else None
+    if cached is not None:
+        return cached, torch.tensor([label for _, label in samples])
+    images, labels, errors = _decode(samples, size, skip_bad)
+    _report(errors, folder, len(samples))
+    if entry and not errors:
+        cache.store(entry, images)
+    return images, labels
+
+
+def _decode(samples: Samples, size: int, skip_bad: bool) -> tuple[Tensor, Tensor, list[ImageFileError]]:
+    """Images, their labels, and the errors of the files left out."""
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
     labels: list[int] = []
     errors: list[ImageFileError] = []
@@ -83,8 +99,7 @@ def decode(samples: Samples, folder: Path, size: int, skip_bad: bool) -> tuple[T
             continue
         images[len(labels)] = resize(pixels, [size, size])
         labels.append(label)
-    _report(errors, folder, len(samples))
-    return images[: len(labels)], torch.tensor(labels)
+    return images[: len(labels)], torch.tensor(labels), errors
 
 
 def readable(samples: Samples, folder: Path) -> Samples:

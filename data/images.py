@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from distributed import Hidden, all_reduce_sum, broadcast_buffers, shard, world_size
 
+from .corruption import Corruption, noisy_labels
 from .files import check_memory
 from .sampling import balanced_sample, generator_for, without
 
@@ -25,6 +26,10 @@ class Split(Protocol):
     """The images of one split, in memory or on disk."""
 
     labels: Tensor  # (number,) int64, on the device that trains
+    true_labels: Tensor | None  # those before label noise, if there is some
+
+    def corrupt(self, indices: Tensor, corruption: Corruption) -> None:
+        """Damage the images of these indices."""
 
     def batches(self, plan: Plan) -> Iterator[Tensor]:
         """This rank's shard of every batch of the plan: normalised images (shard, 3, height, width) on the device.
@@ -40,6 +45,7 @@ class Data(Protocol):
     """A data set: the number of classes, and a method that makes the training and the test split."""
 
     num_classes: int
+    meta_pool: Tensor | None  # indices of training images that only the meta set is drawn from; None: no such images
 
     @property
     def image_size(self) -> int:
@@ -59,6 +65,7 @@ class ImageData:
     num_classes: int
     statistics: Statistics
     augment: bool  # random crop with padding 4, and random flip
+    meta_pool: Tensor | None = None
 
     @property
     def image_size(self) -> int:
@@ -78,6 +85,13 @@ class InMemorySplit:
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in statistics)
         self.augment, self.device = augment, device
+        self.true_labels: Tensor | None = None
+
+    def corrupt(self, indices: Tensor, corruption: Corruption) -> None:
+        images = self.images.to("cpu", copy=True)  # the data set keeps its own
+        for index in indices.tolist():
+            images[index] = corruption(images[index], index)
+        self.images = images.to(self.device)
 
     def batches(self, plan: Plan) -> Iterator[Tensor]:
         for indices, key in plan:
@@ -98,13 +112,15 @@ class Batch(NamedTuple):
     inputs: Tensor  # (shard, 3, height, width), normalised; this rank's shard of the batch
     targets: Tensor  # (shard,); −100 for an image that does not count
     size: int  # of the whole batch
+    true_targets: Tensor | None = None  # (shard,), the targets before label noise, if there is some
 
 
 class ImageTask:
     """Image classification as the training loop sees it.
 
     The meta images are class-balanced, chosen by the seed, and disjoint from the training images. A batch depends on
-    the seed and the step alone. Raises ValueError for sizes that the data set does not allow.
+    the seed and the step alone. `corruption` damages the training images, and a share `label_noise` of the training
+    labels is wrong; meta and test data stay clean. Raises ValueError for sizes that the data set does not allow.
     """
 
     perplexity = False
@@ -119,6 +135,9 @@ class ImageTask:
         num_meta: int = 0,
         limit_train: int | None = None,
         limit_test: int | None = None,
+        corruption: Corruption | None = None,
+        label_noise: float = 0.0,
+        noise_kind: str = "uniform",
         device: torch.device,
         autocast: Callable[[], Any] = contextlib.nullcontext,
         workers: int = 0,
@@ -128,20 +147,32 @@ class ImageTask:
         total = len(labels)
         if batch_size < world_size():
             raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
-        if not 0 <= num_meta < total:
-            raise ValueError(f"--num-meta {num_meta}: the training data hold {total} images; leave some to train on")
-        if limit_train is not None and not 1 <= limit_train <= total - num_meta:
-            raise ValueError(f"--limit-train {limit_train}: must be from 1 to {total - num_meta}, the images available")
+        everything = torch.arange(total)
+        if data.meta_pool is None:
+            pool, most_meta = everything, total - 1
+        else:
+            pool = data.meta_pool
+            most_meta = len(pool)
+        if not 0 <= num_meta <= most_meta:
+            raise ValueError(f"--num-meta {num_meta}: must be from 0 to {most_meta}, the images that can be set aside")
         if limit_test is not None and not 1 <= limit_test <= len(test_labels):
             raise ValueError(f"--limit-test {limit_test}: must be from 1 to {len(test_labels)}, the images available")
         generator = generator_for(seed, 1)
-        self.meta_indices = balanced_sample(labels, torch.arange(total), num_meta, generator)
-        self.train_indices = without(total, self.meta_indices)
+        self.meta_indices = balanced_sample(labels, pool, num_meta, generator)
+        self.train_indices = without(total, self.meta_indices if data.meta_pool is None else pool)
         if limit_train is not None:
+            available = len(self.train_indices)
+            if not 1 <= limit_train <= available:
+                raise ValueError(f"--limit-train {limit_train}: must be from 1 to {available}, the images available")
             self.train_indices = balanced_sample(labels, self.train_indices, limit_train, generator)
         self.test_indices = torch.arange(len(test_labels))
         if limit_test is not None:
             self.test_indices = balanced_sample(test_labels, self.test_indices, limit_test, generator_for(0, 2))
+        if corruption is not None and corruption.severity > 0:
+            self.train.corrupt(self.train_indices, corruption)
+        if label_noise:
+            noisy = noisy_labels(labels, self.train_indices, data.num_classes, label_noise, noise_kind, seed)
+            self.train.labels, self.train.true_labels = noisy.to(device), self.train.labels
         self.num_classes, self.seed, self.batch_size = data.num_classes, seed, batch_size
         self.device, self.autocast = device, autocast
         self.steps_per_epoch = len(cut(self.train_indices, batch_size))
@@ -155,7 +186,7 @@ class ImageTask:
             split.add_to_digest(digest)
         for indices in (self.train_indices, self.meta_indices, self.test_indices):
             digest.update(str(len(indices)).encode())
-            digest.update(indices.numpy().tobytes())
+            digest.update(indices.numpy().data)
         return digest.hexdigest()[:16]
 
     def train_batches(self, start: int) -> Iterator[Batch]:
@@ -173,11 +204,17 @@ class ImageTask:
         )
 
     def loss(self, network: nn.Module, batch: Batch, hidden: Hidden) -> tuple[Tensor, Tensor, Hidden]:
-        """The batch's mean cross-entropy (0-d) and accuracy in %; the hidden state is for text and passes through."""
+        """The batch's mean cross-entropy (0-d) and accuracy in %; the hidden state is for text and passes through.
+
+        The accuracy is 0-d. Under label noise it is (2,): the accuracy on the noisy labels and that on the true ones.
+        """
         with self.autocast():
             logits = network(batch.inputs)
         number = batch.size / world_size()  # so that the mean over the ranks is the whole batch's
-        accuracy = 100 * ((logits.detach().argmax(1) == batch.targets).sum() / number)
+        guesses = logits.detach().argmax(1)
+        accuracy = 100 * ((guesses == batch.targets).sum() / number)
+        if batch.true_targets is not None:
+            accuracy = torch.stack([accuracy, 100 * ((guesses == batch.true_targets).sum() / number)])
         return functional.cross_entropy(logits.float(), batch.targets, reduction="sum") / number, accuracy, hidden
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
@@ -191,9 +228,15 @@ class ImageTask:
             raise ValueError("no meta images to validate on; set some aside with num_meta")
         return self._measure(network, self.train, self.meta_indices)[0]
 
-    def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:
-        """The training columns of metrics.csv, from the epoch's mean loss and accuracy (%)."""
-        return {"train_loss": loss, "train_acc": accuracy}
+    def train_metrics(self, loss: float, accuracy: float, clean_accuracy: float | None = None) -> dict[str, float]:
+        """The training columns of metrics.csv, from the epoch's mean loss and accuracy (%).
+
+        Under label noise, clean_accuracy is the accuracy on the true labels.
+        """
+        columns = {"train_loss": loss, "train_acc": accuracy}
+        if clean_accuracy is not None:
+            columns["train_clean_acc"] = clean_accuracy
+        return columns
 
     @torch.no_grad()
     def _measure(self, network: nn.Module, split: Split, indices: Tensor) -> tuple[float, float]:
@@ -231,9 +274,12 @@ class ImageTask:
         for (indices, _), inputs in zip(same_plan, split.batches(plan), strict=False):
             own, is_duplicate = shard(len(indices))
             targets = split.labels[indices[own]]
+            true_targets = split.true_labels[indices[own]] if split.true_labels is not None else None
             if is_duplicate:
                 targets.fill_(-100)
-            yield Batch(inputs, targets, len(indices))
+                if true_targets is not None:
+                    true_targets.fill_(-100)
+            yield Batch(inputs, targets, len(indices), true_targets)
 
 
 def cut(indices: Tensor, size: int) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""The loss on held-out batches that steers MLR-SNet, and the arguments that a schedule takes from a task."""
+"""The losses on meta and on training batches, and the arguments that a schedule takes from a task."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,21 +17,22 @@ def schedule_arguments(task: Task, num_epochs: int) -> dict[str, Any]:
     }
 
 
-class MetaStream:
-    """Calling it returns the 0-d loss of the network on the task's next meta batch, with its graph.
+class LossStream:
+    """Calling it returns the 0-d loss of the network on the next batch, with its graph.
 
-    It keeps a language model's hidden state from one batch to the next. With several ranks, the loss is this rank's
-    share of it: the mean over the ranks is the loss of the whole batch.
+    batches_from(number) is the endless stream of batches from that number on. A language model's hidden state is kept
+    from one batch to the next. With several ranks, the loss is this rank's share of it: the mean over the ranks is the
+    loss of the whole batch.
     """
 
-    def __init__(self, task: Task, network: nn.Module):
-        self.task, self.network, self.index = task, network, 0
+    def __init__(self, task: Task, network: nn.Module, batches_from: Callable[[int], Iterator[Any]]):
+        self.task, self.network, self.batches_from, self.index = task, network, batches_from, 0
         self.hidden: Hidden = None
         self.batches: Iterator[Any] | None = None
 
     def __call__(self) -> Tensor:
         if self.batches is None:
-            self.batches = self.task.meta_batches(self.index)
+            self.batches = self.batches_from(self.index)
         loss, _, self.hidden = self.task.loss(self.network, next(self.batches), self.hidden)
         self.index += 1
         return loss
@@ -41,3 +42,17 @@ class MetaStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.index, self.hidden, self.batches = state["index"], shard_hidden(state["hidden"]), None
+
+
+class MetaStream(LossStream):
+    """The losses on the task's meta batches, which steer MLR-SNet."""
+
+    def __init__(self, task: Task, network: nn.Module):
+        super().__init__(task, network, task.meta_batches)
+
+
+class TrainStream(LossStream):
+    """The losses on the task's training batches, for measuring the LR scale."""
+
+    def __init__(self, task: Task, network: nn.Module):
+        super().__init__(task, network, task.train_batches)

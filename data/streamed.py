@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from distributed import shard
 
+from .corruption import Corruption
 from .files import ImageFileError, Samples, class_folders, first_line, read_image, readable
 from .images import Plan
 from .sampling import generator_for
@@ -35,6 +37,7 @@ class StreamedData:
     image_size: int  # pixels of a side
     random: Transform
     plain: Transform
+    meta_pool: Tensor | None = None
 
     def splits(self, device: torch.device, workers: int) -> tuple["StreamedSplit", "StreamedSplit"]:
         return StreamedSplit(self.train, self, device, workers), StreamedSplit(self.test, self, device, workers)
@@ -47,11 +50,21 @@ class StreamedSplit(Dataset):
         self.samples, self.random, self.plain = samples, data.random, data.plain
         self.labels = torch.tensor([label for _, label in samples], device=device)
         self.device, self.workers = device, workers
+        self.true_labels: Tensor | None = None
+        self.corruption: Corruption | None = None
+        self.is_corrupted = torch.zeros(len(samples), dtype=torch.bool)
+
+    def corrupt(self, indices: Tensor, corruption: Corruption) -> None:
+        """Damage the images of these indices as they are read, before they are resized and augmented."""
+        self.corruption = corruption
+        self.is_corrupted[indices] = True
 
     def __getitem__(self, wanted: tuple[int, tuple[int, ...] | None]) -> Tensor:
         """The image of an index, augmented if there is a key. Raises ImageFileError for a file that cannot be read."""
         index, key = wanted
         image = read_image(self.samples[index][0])
+        if self.corruption is not None and self.is_corrupted[index]:
+            image = to_pil_image(self.corruption(pil_to_tensor(image), index))
         if key is None:
             return self.plain(image)
         with torch.random.fork_rng(devices=[]):
@@ -82,6 +95,9 @@ class StreamedSplit(Dataset):
         for path, label in self.samples:
             name = os.path.relpath(path, folder)
             digest.update(f"{name} {os.path.getsize(path)} {label}\n".encode())
+        digest.update(self.labels.cpu().numpy())  # with their noise
+        if self.corruption is not None:
+            digest.update(str(self.corruption).encode())
 
     @staticmethod
     def _wanted(plan: Plan) -> Iterator[list[tuple[int, tuple[int, ...] | None]]]:

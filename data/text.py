@@ -283,7 +283,7 @@ def _fingerprint(splits: list[Tensor], vocabulary: list[str]) -> str:
     digest = hashlib.sha256("\n".join(vocabulary).encode())
     for ids in splits:
         digest.update(str(len(ids)).encode())
-        digest.update(ids.numpy().tobytes())
+        digest.update(ids.numpy().data)
     return digest.hexdigest()[:16]
 
 

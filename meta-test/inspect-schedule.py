@@ -18,7 +18,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules  # noqa: E402
 from trainer import net_files  # noqa: E402
-from utils import number, number_or_auto, user_errors  # noqa: E402
+from utils import number, number_or, user_errors  # noqa: E402
 
 LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
 SETTLED = 500  # steps at one loss after which the LSTM state no longer moves
@@ -128,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps-per-epoch", type=number(int, 1), default=20, help="(default: 20)")
     add("--num-classes", type=number(int, 2), default=10, help="classes, or the size of the vocabulary (default: 10)")
     add("--perplexity", action="store_true", help="the losses are a language model's")
-    add("--gamma", type=number_or_auto(number(float, 0, above=True)), default="auto",
+    add("--gamma", type=number_or(number(float, 0, above=True), "auto"), default="auto",
         help="LR scale: a number, or auto for the paper's formula (default: auto)")
     add("--out", type=Path, default=Path("inspect-schedule.png"), help="the picture (default: inspect-schedule.png)")
     return parser.parse_args(argv)

@@ -7,13 +7,14 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
+from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
 from data import DATASETS, IMAGES  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
+from measuring import chosen_gamma, measure  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
 from models import NETWORKS  # noqa: E402
 from trainer import Trainer, add_run_arguments, build, build_average, net_files, parse_run_arguments  # noqa: E402
-from utils import Parser, build_optimizer, number, user_errors  # noqa: E402
+from utils import Parser, build_optimizer, number, number_or, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,18 +26,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nets", type=lambda text: text if text in SHIPPED else Path(text), nargs="+", default=["shipped"],
         metavar="FILE", help="learned schedules that share the run in turn, one folder of a meta-train run, or "
         "average: the shipped net that was learned at averaged weights (default: the three beside this script)")
-    add("--lr", type=number(float, 0, above=True),
-        help="initial rate of a baseline (default: 0.1; val on SGD: 20; adam, adamw: 1e-3; schedule-free: 1 for sgd, "
+    add("--lr", type=number_or(number(float, 0, above=True), "measured"),
+        help="initial or peak rate of a baseline, or measured by short training before the run "
+        "(default: 0.1; val on SGD: 20; adam, adamw: 1e-3; schedule-free: 1 for sgd, "
         "0.0025 for adamw; prodigy: 1, a factor)")
     add("--beta", type=number(float, 0, above=True), help="step of hd and rtho on the rate (default: 1e-3; adam: 1e-7)")
     add_run_arguments(parser)
-    args = parse_run_arguments(parser, SCRIPT, argv)
+    args, given = parse_run_arguments(parser, SCRIPT, argv)
     if args.schedule in VALIDATING and args.dataset in IMAGES and not args.num_meta:
         parser.error(f"--schedule {args.schedule} needs images to validate on; set some aside with --num-meta 1000")
     if args.lr is not None and args.schedule in ("mlr-snet", *RATELESS):
         parser.error(f"--schedule {args.schedule} has no initial rate; leave --lr out")
+    if args.lr == "measured" and args.schedule in RATE_FACTORS:
+        parser.error(f"--schedule {args.schedule} finds its rate itself, and --lr multiplies it; leave it out")
     if args.beta is not None and args.schedule not in ("hd", "rtho"):
         parser.error(f"--schedule {args.schedule} has no --beta; leave it out")
+    for flag in ("gamma", "nets"):
+        if flag in given and args.schedule != "mlr-snet":
+            parser.error(f"--{flag} belongs to --schedule mlr-snet; leave it out with {args.schedule}")
     return args
 
 
@@ -47,17 +54,24 @@ def main(argv: list[str] | None = None) -> int:
         task, network = build(args)
         meta_stream = MetaStream(task, network)
         schedule: Schedule
+        measurement = None
         if args.schedule == "mlr-snet":
             nets = [net.to(next(network.parameters()).device) for net in nets]
             optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-            schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=args.gamma)
+            gamma, measurement = chosen_gamma(args, task, network, optimizer)
+            schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma)
         else:
+            lr = args.lr
+            if lr == "measured":
+                plain = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
+                measurement = measure(args, task, network, plain)
+                lr = measurement.result.scale
             optimizer, schedule = build_baseline(
-                args.schedule, args.optimizer, network, task, args.num_epoch, args.lr, args.momentum, args.wd,
+                args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,
                 args.beta, meta_stream,
             )
         average = build_average(args, network, task.steps_per_epoch)
-        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average)
+        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, measurement)
     return trainer.run()
 
 

@@ -9,10 +9,11 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data import DATASETS  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
+from measuring import chosen_gamma  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
 from models import NETWORKS  # noqa: E402
 from trainer import Trainer, add_run_arguments, build, build_average, parse_run_arguments  # noqa: E402
-from utils import Parser, build_optimizer, number, number_or_auto, save, user_errors  # noqa: E402
+from utils import Parser, build_optimizer, number, number_or, save, user_errors  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,15 +22,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="resnet", help="(default: resnet, which is ResNet-18)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="of Adam on MLR-SNet (default: 1e-3)")
-    add("--t-val", "--t_val", type=number_or_auto(number(int, 1)), default=300,
+    add("--t-val", "--t_val", type=number_or(number(int, 1), "auto"), default=300,
         help="steps between updates of MLR-SNet; auto makes about 80 updates in the run (default: 300)")
     add("--meta-point", choices=["lookahead", "average"], default="lookahead",
         help="where the meta gradient is taken: one step ahead, or at the running average of the weights "
         "(default: lookahead)")
-    add("--hidden-size", "--hidden_size", type=number(int, 2), default=50, help="of MLR-SNet (default: 50)")
-    add("--num-layers", "--num_layers", type=number(int, 1), default=1, help="of MLR-SNet (default: 1)")
+    add("--hidden-size", "--hidden_size", type=number(int, 2, 2**20), default=50, help="of MLR-SNet (default: 50)")
+    add("--num-layers", "--num_layers", type=number(int, 1, 100), default=1, help="of MLR-SNet (default: 1)")
     add_run_arguments(parser)
-    return parse_run_arguments(parser, SCRIPT, argv, num_meta=1000)
+    args, _ = parse_run_arguments(parser, SCRIPT, argv, num_meta=1000)
+    if args.num_meta == 0:
+        parser.error("--num-meta 0: MLR-SNet learns on held-out images; give at least 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,15 +46,16 @@ def main(argv: list[str] | None = None) -> int:
         average = build_average(args, network, task.steps_per_epoch)
         point = average if average and args.meta_point == "average" else lookahead
         meta_stream = MetaStream(task, network)
+        gamma, measurement = chosen_gamma(args, task, network, optimizer)
         schedule = MetaMLRSNetLR(
             optimizer, net, network, meta_stream, **schedule_arguments(task, args.num_epoch), t_val=t_val, lr=args.lr,
-            gamma=args.gamma, meta_point=point,
+            gamma=gamma, meta_point=point,
         )
 
         def save_net(epoch: int) -> None:
             save(args.out / f"mlr_snet_{epoch}.pth", {name: value.cpu() for name, value in net.state_dict().items()})
 
-        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, after_epoch=save_net)
+        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, measurement, save_net)
     return trainer.run()
 
 

@@ -6,11 +6,13 @@ from typing import Any
 from torch import nn
 
 from .densenet import densenet121
+from .gpt import gpt
 from .lstm import lstm2, lstm3
 from .mobilenetv2 import mobilenetv2
 from .nasnet import nasnet
 from .resnet import large_stem, resnet8, resnet20, small_stem
 from .shufflenetv2 import shufflenetv2
+from .vit import vit
 from .wideresnet import wideresnet
 
 IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -27,20 +29,27 @@ IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2": mobilenetv2,
     "nasnet": nasnet,
     "densenet121": densenet121,
+    "vit": vit,
 }
-
-
-LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"lstm2": lstm2, "lstm3": lstm3}
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"lstm2": lstm2, "lstm3": lstm3, "gpt": gpt}
 NETWORKS = IMAGE_NETWORKS | LANGUAGE_MODELS
+INPUT_SIZES = {"vit": "image_size", "gpt": "seq_len"}  # the size of the input that a network is built for
 
 
-def build_network(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """The network of that name, for images (batch, 3, h, w) or tokens (length, batch); num_classes may be the words.
+def build_network(
+    name: str, num_classes: int, *, image_size: int = 32, seq_len: int = 512, **options: Any
+) -> nn.Module:
+    """The network of that name, for images (batch, 3, h, w) or tokens (length, batch).
 
-    Options are embed_size and dropout of a language model. ValueError for an unknown name or too few classes.
+    num_classes is the number of classes, or of words in the vocabulary. image_size is in pixels and seq_len in tokens;
+    only some networks depend on them. options are embed_size and dropout of a language model. ValueError for an
+    unknown name, too few classes or a size that does not fit.
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}: choose from {', '.join(NETWORKS)}")
     if num_classes < 2:
         raise ValueError(f"{num_classes} classes: need at least 2")
+    if name in INPUT_SIZES:
+        size = {"image_size": image_size, "seq_len": seq_len}[INPUT_SIZES[name]]
+        options[INPUT_SIZES[name]] = size
     return NETWORKS[name](num_classes, **options)

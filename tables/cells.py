@@ -100,12 +100,12 @@ class Cell:
 def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], overrides: Arguments) -> list[Cell]:
     """The cells of a table; `methods` replace the table's own where there are any."""
     lines = {}
-    longest: dict[str, int] = {}  # problem -> the epochs of its longest line
+    longest: dict[frozenset[tuple[str, str]], int] = {}  # a line without its length -> the most epochs
     for line, own in table.lines[preset].items():
         arguments = parse(table.presets[preset]) | parse(own) | overrides
         lines[line] = arguments
-        problem = problem_of(arguments)
-        longest[problem] = max(longest.get(problem, 0), int(arguments["num-epoch"]))
+        key = _all_but_length(arguments)
+        longest[key] = max(longest.get(key, 0), int(arguments["num-epoch"]))
     cells = []
     for seed in range(seeds):
         for line, shared in lines.items():
@@ -113,9 +113,14 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], over
             for method in _methods_of(table, shared, methods):
                 arguments = _arguments_of(table, preset, shared, method)
                 if method not in KNOWS_ITS_LENGTH:  # its run on the longest line also serves the shorter ones
-                    arguments["num-epoch"] = str(longest[problem_of(shared)])
+                    arguments["num-epoch"] = str(longest[_all_but_length(shared)])
                 cells.append(Cell(group, method, seed, tuple(arguments.items()), int(shared["num-epoch"])))
     return cells
+
+
+def _all_but_length(arguments: Arguments) -> frozenset[tuple[str, str]]:
+    """What lines must have in common for one run to serve them all."""
+    return frozenset((flag, value) for flag, value in arguments.items() if flag != "num-epoch")
 
 
 def _methods_of(table: Table, shared: Arguments, methods: Sequence[str]) -> Sequence[str]:

@@ -25,6 +25,7 @@ from utils import number, provenance, user_errors, write_atomically  # noqa: E40
 DIMENSION, EXAMPLES, REGULARISER, NOISE = 50, 500, 0.05, 0.3
 PRESETS = {"desk": [250 * 2**power for power in range(7)], "smoke": [50, 100, 200]}
 CHECKPOINTS = 200  # of a run, at which the full gradient is measured
+BLOCK = 250  # steps whose noise is drawn at once
 
 Rate = Callable[[int, int, Tensor], Tensor | float]  # (step, steps of the run, losses (seeds,)) -> fraction of γ
 
@@ -80,19 +81,23 @@ def squared_norms(problem: Problem, rate: Rate, num_steps: int, num_seeds: int) 
     """‖∇f(w_t)‖² at the checkpoints of a run, (checkpoints, seeds); each seed has its own start and noise."""
     generators = [torch.Generator().manual_seed(1000 * num_steps + seed) for seed in range(num_seeds)]
 
-    def draw() -> Tensor:
-        return torch.stack([torch.randn(DIMENSION, dtype=torch.float64, generator=each) for each in generators])
+    def draw(number: int) -> Tensor:
+        """Standard normal numbers (number, seeds, dimension)."""
+        drawn = [torch.randn(number, DIMENSION, dtype=torch.float64, generator=each) for each in generators]
+        return torch.stack(drawn, 1)
 
-    w = draw()
+    (w,) = draw(1)
     measured = set(torch.linspace(0, num_steps, min(CHECKPOINTS, num_steps + 1)).round().int().tolist())
     norms = []
     for step in range(num_steps + 1):
+        if step % BLOCK == 0:
+            noise = NOISE * draw(BLOCK)
         gradient = problem.gradient(w)
         if step in measured:
             norms.append(gradient.square().sum(1))
         fraction = rate(step, num_steps, problem.loss(w)) if step < num_steps else 0.0
         lr = torch.as_tensor(fraction, dtype=torch.float64).reshape(-1, 1) / problem.smoothness  # γ = 1/smoothness
-        w = w - lr * (gradient + NOISE * draw())
+        w = w - lr * (gradient + noise[step % BLOCK])
     return torch.stack(norms)
 
 
@@ -163,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="desk", help="desk: 250 to 16,000 steps; smoke: seconds (default: desk)")
-    add("--seeds", type=number(int, 2), default=10, help="runs of every schedule and length (default: 10)")
+    add("--seeds", type=number(int, 2), default=32, help="runs of every schedule and length (default: 32)")
     add("--out", type=Path, default=SCRIPT.parent / "result", help="folder of the tables (default: result beside this)")
     return parser.parse_args(argv)
 

@@ -130,7 +130,11 @@ class Race:
     def run_on(self, executor: Any, threads: int) -> None:
         """The same as jobs of submitit's executor, one for every run, with so many CPU threads each."""
         self._prepare(threads)
-        self.jobs = [executor.submit(run) for run in self.runs if not run.is_done]
+        for run in self.runs:
+            if not self.stopped and not run.is_done:
+                self.jobs.append(executor.submit(run))
+        if self.stopped:  # while a job was being submitted
+            self._stop()
         self._follow(self.jobs)
 
     def _prepare(self, threads: int) -> None:
@@ -153,8 +157,8 @@ class Race:
                 jobs = [other for other in jobs if other is not job]
                 if not self.stopped:
                     failure = self._failure_of(job)
-                if failure and not self.stopped:
-                    self._stop()
+                    if failure:
+                        self._stop()
             if polls % 50 == 0:  # reading all metrics takes time that the runs need
                 bar.update(sum(len(self.rows(cell)) for cell in self._whole()) - bar.n)
             polls += 1
@@ -167,6 +171,8 @@ class Race:
         """Why a job that ended could not run its cell, in one line; "" where it could."""
         try:
             return job.result()
+        except OSError as error:  # a full disk, for example
+            return str(error)
         except RuntimeError as error:  # submitit's, where the job itself failed
             return f"{str(error).splitlines()[0]}; see {job.paths.stderr}; the same command resumes"
 

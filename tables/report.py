@@ -21,6 +21,9 @@ Record = dict[str, Any]  # of a method on a line, over its seeds; lacks the resu
 
 RESULT_COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
                   "average_mean", "average_std", "target", "reached", "steps_to_target"]
+TRAIN_COLUMNS = [  # on all training labels and, where some are wrong, on the true ones
+    "train_acc_mean", "train_acc_std", "train_clean_acc_mean", "train_clean_acc_std",
+]
 COST_COLUMNS = ["group", "method", "seconds", "seconds_to_target", *COSTS, "relative_seconds",
                 *[f"relative_{name}" for name in COSTS]]
 
@@ -64,6 +67,9 @@ def _results(race: Race, done: list[Cell]) -> Record:
     }
     if f"{metric}_average" in runs[0][0]:
         values_of["average"] = [rows[-1][f"{metric}_average"] for rows in runs]
+    if "train_clean_acc" in runs[0][0]:
+        for name in ("train_acc", "train_clean_acc"):
+            values_of[name] = [rows[-1][name] for rows in runs]
     results: Record = {"metric": metric, "runs": runs}
     for name, values in values_of.items():
         results[f"{name}_mean"] = statistics.mean(values)
@@ -121,6 +127,12 @@ def by_problem(records: list[Record]) -> list[Record]:
 # ---------------------------------------------------------------------------------------------- files
 
 
+def result_columns(records: list[Record]) -> list[str]:
+    """The columns of table.csv: those of the training labels only where label noise makes some of them wrong."""
+    has_noise = any("train_clean_acc_mean" in record for record in records)
+    return RESULT_COLUMNS + TRAIN_COLUMNS if has_noise else RESULT_COLUMNS
+
+
 def write_csv(path: Path, columns: Sequence[str], records: list[Record]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -157,11 +169,14 @@ def _section(members: list[Record], published: dict[str, str]) -> list[str]:
     unit = _unit(members)
     target = next((f"{record['target']:.2f}" for record in finished if "target" in record), "target")
     is_averaged = any("average_mean" in record for record in members)
+    has_noise = any("train_clean_acc_mean" in record for record in members)
     is_published = any(record["method"] in published for record in members)
     columns = ["method", f"{unit}, last epoch"]
     if is_averaged:
         columns.append("its averaged weights")
     columns.append("best epoch (picked on test data)")
+    if has_noise:
+        columns += ["training accuracy (%), last epoch", "on the true labels"]
     if is_published:
         columns.append("published")
     columns += [f"steps to {target}", f"seconds to {target}", "time", "forward", "backward", "memory"]
@@ -171,6 +186,8 @@ def _section(members: list[Record], published: dict[str, str]) -> list[str]:
         if is_averaged:
             row.append(_spread(record, "average"))
         row.append(_spread(record, "best"))
+        if has_noise:
+            row += [_spread(record, "train_acc"), _spread(record, "train_clean_acc")]
         if is_published:
             row.append(published.get(record["method"], "–"))
         for name in ("steps_to_target", "seconds_to_target"):

@@ -4,6 +4,7 @@ Arguments are written as on the command line of tables.py, FLAG=VALUE separated 
 in "=". Their order is part of a run's name, so a change of order makes a new run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -115,6 +116,9 @@ META_POINTS_NOT_AT_10 = [
     "MLR-SNet (learning, lookahead, T_val 100)", "MLR-SNet (learning, average, T_val 3)",
     "MLR-SNet (learning, average, T_val 30)", "MLR-SNet (learning, average, T_val 100)",
 ]
+ROBUST = [
+    "MLR-SNet (learning)", "MLR-SNet (transferred)", "fixed", "multistep", "cosine", "adam", "schedule-free", "prodigy",
+]
 
 IMAGES = {
     "paper": "num-epoch=200",
@@ -126,11 +130,24 @@ IMAGES_WITH_MOMENTUM = {  # as in the paper's meta-test
     "desk": "num-epoch=30 limit-train=10000 limit-test=5000 momentum=0.9",
     "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64 momentum=0.9",
 }
+FEW_IMAGES_WITH_MOMENTUM = "limit-test=2000 image-size=16 momentum=0.9"  # without it, so few steps fit hardly any data
 TEXT = {
     "paper": "num-epoch=150",
     "desk": "num-epoch=8 embed-size=128 dropout=0.2",
     "smoke": "num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4",
 }
+
+
+def _with_label_noise(problem: str, rates: Sequence[str], kinds: Sequence[str]) -> dict[str, str]:
+    """A line for every kind and rate of wrong labels. `problem` is "network=NAME dataset=NAME"."""
+    name = problem.replace("network=", "").replace("dataset=", "")
+    lines = {}
+    for kind in kinds:
+        for rate in rates:
+            line = f"{name}, {float(rate):.0%} wrong labels ({kind})"
+            lines[line] = f"{problem} label-noise={rate} noise-kind={kind}"
+    return lines
+
 
 # Published numbers: test accuracy (%) or perplexity at the last epoch; ~ marks those read off plots.
 TABLES: dict[str, Table] = {
@@ -413,6 +430,81 @@ TABLES: dict[str, Table] = {
             "smoke": {
                 "lstm2 pydoc, 2 epochs": "network=lstm2 dataset=pydoc num-epoch=2",
                 "lstm2 pydoc, 3 epochs": "network=lstm2 dataset=pydoc num-epoch=3",
+            },
+        },
+    ),
+    "corruption": Table(
+        title="Trained on corrupted images, tested on clean ones",
+        methods=ROBUST,
+        presets={  # the meta images are clean
+            "paper": "num-epoch=200 num-meta=100",
+            "desk": f"num-epoch=30 limit-train=2500 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM}",
+            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
+        },
+        lines={
+            "paper": {
+                "resnet cifar10-c, Gaussian noise":
+                    "network=resnet dataset=cifar10-c corruption=gaussian_noise severity=5",
+                "resnet cifar10-c, fog": "network=resnet dataset=cifar10-c corruption=fog severity=5",
+                "resnet cifar10-c, contrast": "network=resnet dataset=cifar10-c corruption=contrast severity=5",
+                "resnet cifar10-c, JPEG compression":
+                    "network=resnet dataset=cifar10-c corruption=jpeg_compression severity=5",
+            },
+            "desk": {
+                "resnet8 cifar10, Gaussian noise":
+                    "network=resnet8 dataset=cifar10 corruption=gaussian_noise severity=5",
+                "resnet8 cifar10, contrast": "network=resnet8 dataset=cifar10 corruption=contrast severity=5",
+                "resnet8 cifar10, pixelate": "network=resnet8 dataset=cifar10 corruption=pixelate severity=5",
+            },
+            "smoke": {
+                "resnet8 digits, contrast": "network=resnet8 dataset=digits corruption=contrast severity=5",
+            },
+        },
+    ),
+    "label-noise": Table(
+        title="Trained on wrong labels, tested on true ones",
+        methods=ROBUST,
+        presets={  # the meta images have their true labels
+            "paper": "num-epoch=200",
+            "desk": f"num-epoch=30 limit-train=2500 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM}",
+            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
+        },
+        lines={
+            "paper": _with_label_noise("network=resnet dataset=cifar10", ("0.2", "0.4", "0.6"), ("uniform", "flip")),
+            "desk": _with_label_noise("network=resnet8 dataset=cifar10", ("0.2", "0.4", "0.6"), ("uniform", "flip")),
+            "smoke": _with_label_noise("network=resnet8 dataset=digits", ("0.4",), ("uniform", "flip")),
+        },
+    ),
+    "sizes": Table(
+        title="Nets learned on 10,000 images, used on other numbers of images",
+        methods=[
+            "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "cosine", "fixed", "multistep",
+        ],
+        presets={
+            "paper": "num-epoch=200 average=",
+            "desk": f"{FEW_IMAGES_WITH_MOMENTUM} average=",
+            "smoke": "num-epoch=2 limit-test=100 batch-size=64 average=",
+        },
+        lines={
+            "paper": {
+                "resnet cifar10, 1,000 images": "network=resnet dataset=cifar10 limit-train=1000",
+                "resnet cifar10, 2,500 images": "network=resnet dataset=cifar10 limit-train=2500",
+                "resnet cifar10, 5,000 images": "network=resnet dataset=cifar10 limit-train=5000",
+                "resnet cifar10, 25,000 images": "network=resnet dataset=cifar10 limit-train=25000",
+            },
+            "desk": {  # of similar cost; the steps differ: 480, 800, 1,000 and 1,176
+                "resnet8 cifar10, 1,000 images, 60 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=1000 num-epoch=60",
+                "resnet8 cifar10, 2,500 images, 40 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=2500 num-epoch=40",
+                "resnet8 cifar10, 5,000 images, 25 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=5000 num-epoch=25",
+                "resnet8 cifar10, 25,000 images, 6 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=25000 num-epoch=6",
+            },
+            "smoke": {
+                "resnet8 digits, 128 images": "network=resnet8 dataset=digits limit-train=128",
+                "resnet8 digits, 256 images": "network=resnet8 dataset=digits limit-train=256",
             },
         },
     ),

@@ -19,10 +19,10 @@ from cluster import build_executor, threads_of  # noqa: E402
 from race import Race  # noqa: E402
 from report import (  # noqa: E402
     COST_COLUMNS,
-    RESULT_COLUMNS,
     by_problem,
     draw,
     draw_t_val,
+    result_columns,
     summarise,
     write_csv,
     write_markdown,
@@ -189,7 +189,7 @@ def write_report(args: argparse.Namespace, race: Race, out: Path, command: str) 
     """The table's files, computed from the run folders."""
     table = TABLES[args.table]
     records = summarise(race, args.target)
-    write_csv(out / "table.csv", RESULT_COLUMNS, records)
+    write_csv(out / "table.csv", result_columns(records), records)
     write_csv(out / "cost.csv", COST_COLUMNS, records)
     write_markdown(out / "table.md", table, race, records, command)
     if table.only_in_t_val:

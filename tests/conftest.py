@@ -1,9 +1,15 @@
 """Long tests are skipped unless asked for, and those of a GPU where there is none."""
 
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # pytest runs a process per core
+
+
+def pytest_configure(config):
+    os.environ["MLR_SNET_CACHE"] = ""  # tests leave the user's cache alone
 
 
 def pytest_addoption(parser):

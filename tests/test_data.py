@@ -4,6 +4,7 @@ import itertools
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import torchvision
 from PIL import Image
 from test_scripts import META_TEST, META_TRAIN, call, results
 
+import data.cache
+import data.files
 import data.streamed
 from data import build_task
 from data.files import read_image
@@ -176,6 +179,75 @@ def test_a_bad_image_is_named_with_its_cause_or_skipped_and_reported(class_folde
     assert len(task.train_indices) + len(task.test_indices) == 19
     report = capsys.readouterr().err
     assert cause in report and str(bad) in report and "skipped 1 of 20" in report
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLR_SNET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_cache_gives_the_same_images_and_labels_without_reading_the_files(class_folder, cache_folder, monkeypatch):
+    decoded = folder_task(class_folder)
+    assert len(list(cache_folder.iterdir())) == 1
+    monkeypatch.setattr(data.files, "read_image", None)
+    cached = folder_task(class_folder)
+    for one, other in ((decoded.train, cached.train), (decoded.test, cached.test)):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    assert decoded.fingerprint() == cached.fingerprint()
+
+
+def test_a_file_rewritten_with_its_old_size_and_time_is_decoded_again(class_folder, cache_folder):
+    file = class_folder / "train" / "cat" / "0.bmp"
+    Image.new("RGB", (20, 20)).save(file)
+    before, times = folder_task(class_folder), file.stat()
+    Image.new("RGB", (20, 20), "white").save(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert folder_task(class_folder).fingerprint() != before.fingerprint()
+
+
+def test_other_sizes_have_entries_of_their_own(class_folder, cache_folder):
+    assert [folder_task(class_folder, image_size=size).train.images.shape[-1] for size in (8, 16, 8)] == [8, 16, 8]
+    assert len(list(cache_folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-1], lambda content: b"", lambda content: content[:100] + b"\1\2\3" + content[103:],
+])
+def test_a_damaged_cache_is_ignored_and_rewritten(class_folder, cache_folder, damage):
+    reference = folder_task(class_folder).fingerprint()
+    entry, = cache_folder.iterdir()
+    content = entry.read_bytes()
+    entry.write_bytes(damage(content))
+    assert folder_task(class_folder).fingerprint() == reference
+    assert entry.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_reported_and_does_no_harm(class_folder, cache_folder, capsys):
+    reference = folder_task(class_folder).fingerprint()
+    shutil.rmtree(cache_folder)
+    cache_folder.write_text("a file in its place")
+    assert folder_task(class_folder).fingerprint() == reference
+    assert "not cached" in capsys.readouterr().err
+
+
+def test_folders_with_skipped_images_are_not_cached(class_folder, cache_folder):
+    (class_folder / "train" / "cat" / "0.png").write_text("no image")
+    folder_task(class_folder, skip_bad_images=True)
+    assert not cache_folder.exists()
+
+
+def test_the_entries_unused_for_longest_make_room(class_folder, cache_folder, monkeypatch):
+    monkeypatch.setattr(data.cache, "MOST_BYTES", 20 * 3 * 16 * 16 + 20 * 3 * 8 * 8 + 100)
+    for size in (16, 8, 9):
+        folder_task(class_folder, image_size=size)
+    assert sorted(path.stat().st_size for path in cache_folder.iterdir()) == [32 + 60 * 64, 32 + 60 * 81]
+
+
+def test_processes_that_fill_the_cache_at_the_same_time_do_not_disturb_each_other(class_folder, cache_folder):
+    with ThreadPoolExecutor(4) as pool:  # the file system sees no difference between threads and processes
+        prints = list(pool.map(lambda _: folder_task(class_folder, image_size=64).fingerprint(), range(8)))
+    assert len(set(prints)) == 1 and len(list(cache_folder.iterdir())) == 1
 
 
 def test_a_folder_without_a_readable_image_is_refused(class_folder):

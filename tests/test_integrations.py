@@ -66,6 +66,7 @@ def loss_of(network, batch):
 
 def make_schedule(kind, network, loss_of_network=None, num_classes=10, **options):
     """A function from optimizer, num_epochs and steps_per_epoch to a schedule that is used or learns."""
+    options.setdefault("gamma", "paper")
     if kind == "use":
         return partial(MLRSNetLR, nets=load_schedules(), num_classes=num_classes, **options)
     torch.manual_seed(1)
@@ -502,7 +503,7 @@ def test_the_trainer_drops_the_loss_of_a_step_that_fp16_skips(transformers, tmp_
 
 def test_training_past_the_planned_end_keeps_the_last_net():
     network = build_network()
-    schedule = MLRSNetLR(build_optimizer(network), load_schedules(), num_classes=10, num_epochs=3, steps_per_epoch=1)
+    schedule = make_schedule("use", network)(optimizer=build_optimizer(network), num_epochs=3, steps_per_epoch=1)
     for _ in range(9):
         schedule.step(2.3)
     assert schedule.net is schedule.nets[2]
@@ -584,7 +585,7 @@ def test_another_trainer_gets_a_schedule_by_inheritance(transformers, tmp_path):
 
 def a_schedule(lr=0.1):
     optimizer = torch.optim.SGD(build_network().parameters(), lr=lr)
-    return MLRSNetLR(optimizer, load_schedules(), num_classes=10, num_epochs=3, steps_per_epoch=1)
+    return MLRSNetLR(optimizer, load_schedules(), num_classes=10, num_epochs=3, steps_per_epoch=1, gamma=0.1)
 
 
 def test_a_step_without_a_loss_says_where_to_call_it():

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from models import IMAGE_NETWORKS, build_network
+from distributed import gather_hidden, shard_hidden
+from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
 
 COUNTS = json.loads((Path(__file__).parent / "golden.json").read_text())["fresh_parameter_counts"]
 
@@ -21,7 +23,7 @@ def test_parameter_counts_are_the_papers(key):
 @pytest.mark.parametrize("name", sorted(IMAGE_NETWORKS.keys() - {"resnet50", "resnet101", "resnet152"}))
 @pytest.mark.parametrize("size", [8, 32])
 def test_a_network_takes_images_and_trains(name, size):
-    network = build_network(name, 7)
+    network = build_network(name, 7, image_size=size)
     logits = network(torch.randn(2, 3, size, size))
     assert logits.shape == (2, 7)
     logits.sum().backward()
@@ -46,3 +48,111 @@ def test_nasnet_fits_both_parities_of_the_pixels():
 def test_an_unknown_network_is_refused():
     with pytest.raises(ValueError, match="choose from"):
         build_network("nonsense", 10)
+
+
+@pytest.mark.parametrize(("image_size", "classes", "count"), [(32, 10, 809_354), (32, 100, 820_964), (16, 10, 803_210)])
+def test_the_vit_has_the_stated_size(image_size, classes, count):
+    network = build_network("vit", classes, image_size=image_size)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+def test_the_gpt_is_as_large_as_the_lstm_of_three_layers():
+    counts = [sum(parameter.numel() for parameter in build_network(name, 10_000, seq_len=35).parameters())
+              for name in ("gpt", "lstm3")]
+    assert counts == [11_453_712, 11_433_744]
+
+
+@pytest.mark.parametrize("size", [2, 30])
+def test_a_size_that_patches_do_not_divide_is_refused(size):
+    with pytest.raises(ValueError, match=f"image size {size}: give a multiple of 4"):
+        build_network("vit", 10, image_size=size)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("embed_size", [6, 32])
+def test_a_language_model_gives_logits_for_every_token_and_trains(name, embed_size):
+    network = build_network(name, 9, embed_size=embed_size, dropout=0.1, seq_len=7)
+    logits, hidden = network(torch.randint(9, (7, 3)), None)
+    assert logits.shape == (7, 3, 9)
+    again, _ = network(torch.randint(9, (4, 3)), tuple(state.detach() for state in hidden))
+    again.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_prediction_does_not_depend_on_later_tokens(name):
+    torch.manual_seed(0)
+    network = build_network(name, 9, embed_size=8, dropout=0.0)
+    tokens = torch.randint(9, (6, 2))
+    logits, _ = network(tokens, None)
+    for position in range(5):
+        changed = tokens.clone()
+        changed[position + 1 :] = (changed[position + 1 :] + 1) % 9
+        others, _ = network(changed, None)
+        torch.testing.assert_close(others[: position + 1], logits[: position + 1])
+        assert not torch.allclose(others[position + 1 :], logits[position + 1 :])
+
+
+def test_the_layers_of_the_gpt_start_from_weights_of_their_own():
+    first, second = build_network("gpt", 9, embed_size=8).transformer.layers
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_empty_state_of_the_gpt_is_gathered_and_sharded(ranks, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "all_gather", lambda value: [value] * ranks)
+    assert gather_hidden(()) == () and shard_hidden(()) == ()
+
+
+def todays_losses(autocast):
+    """vit and gpt, each with its loss on a few examples."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+    tokens = torch.randint(9, (7, 3))
+    vit = build_network("vit", 4, image_size=8)
+    gpt = build_network("gpt", 9, embed_size=16, dropout=0.0, seq_len=6)
+
+    def image_loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = vit(images)
+        return functional.cross_entropy(logits.float(), labels)
+
+    def text_loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, _ = gpt(tokens[:-1])
+        return functional.cross_entropy(logits.float().flatten(0, 1), tokens[1:].flatten())
+
+    return {vit: image_loss, gpt: text_loss}
+
+
+def trained(network, loss_of, num_steps):
+    """The losses of so many steps."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(num_steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_networks_of_today_learn_a_few_examples_with_adamw(autocast):
+    for network, loss_of in todays_losses(autocast).items():
+        losses = trained(network, loss_of, 20)
+        assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_networks_of_today_train_compiled_as_they_do_otherwise():
+    eager = [trained(network, loss_of, 3) for network, loss_of in todays_losses(False).items()]
+    compiled = []
+    for network, loss_of in todays_losses(False).items():
+        network.compile(backend="eager")
+        compiled.append(trained(network, loss_of, 3))
+    assert compiled == eager

@@ -150,60 +150,10 @@ def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(referen
     assert call(capsys, META_TEST, *SMALL[:4], "--resume", "--out", tmp_path / "run").returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--network", "nonsense"], ["--batch-size", "0"], ["--wd", "nan"], ["--gamma", "-1"], ["--num-meta", "100000"],
-    ["--lr", "inf"], ["--t-val", "0"], ["--device", "nonsense"], ["--workers", "2"],
-    ["--network", "lstm2"], ["--dataset", "pydoc"], ["--seq-len", "5"],
-    ["--network", "lstm2", "--dataset", "pydoc", "--num-meta", "10"],
-    ["--network", "lstm2", "--dataset", "pydoc", "--seq-len", "100000"],
-])
-def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, capsys):
-    network = ["--network", "resnet8", "--dataset", "digits"]
-    done = call(capsys, META_TRAIN, *network, *arguments, "--out", tmp_path / "run")
-    assert done.returncode == 2
-    assert "error:" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_that_holds_another_run_is_left_alone(reference, capsys):
-    before = (reference / "args.json").read_bytes()
-    done = call(capsys, META_TRAIN, *TRAIN, "--out", reference)
-    assert done.returncode == 2 and "--resume" in done.stderr
-    assert (reference / "args.json").read_bytes() == before
-
-
-def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    done = call(capsys, META_TRAIN, *TRAIN, "--out", tmp_path / "file")
-    assert done.returncode == 2 and "is a file" in done.stderr
-
-
-def test_resuming_with_other_arguments_is_refused(reference, capsys):
-    done = call(capsys, META_TRAIN, "--resume", "--out", reference, "--wd", "0.1")
-    assert done.returncode == 2 and "--wd" in done.stderr
-
-
 def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path, capsys):
     done = call(capsys, META_TEST, *SMALL, "--schedule", "fixed", "--lr", "1e30", "--out", tmp_path / "run")
     assert done.returncode == 1
     assert "step 2" in done.stderr and "1e+30" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("arguments", [
-    ["--lr", "0.1"], ["--schedule", "val"], ["--schedule", "rtho"], ["--schedule", "fixed", "--beta", "1e-3"],
-    ["--schedule", "rtho", "--num-meta", "100", "--optimizer", "adam"], ["--schedule", "l4mom", "--momentum", "0.9"],
-])
-def test_arguments_of_meta_test_that_do_not_go_together_are_one_line_and_status_2(tmp_path, arguments, capsys):
-    done = call(capsys, META_TEST, *SMALL, *arguments, "--out", tmp_path / "run")
-    assert done.returncode == 2 and "error:" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("nets", ["missing.pth", "."])
-def test_nets_that_are_not_there_are_one_line_and_status_2(tmp_path, nets, capsys):
-    done = call(capsys, META_TEST, *SMALL, "--nets", tmp_path / nets, "--out", tmp_path / "run")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_torch_hub_gives_the_scheduler_and_the_net():

@@ -135,7 +135,7 @@ class Batches:
 def network_and_optimizer():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 10))
-    return network, torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.5)
+    return network, torch.optim.SGD(network.parameters(), lr=1.0, weight_decay=1e-3)
 
 
 @pytest.mark.parametrize("learning", [False, True])

@@ -79,7 +79,7 @@ def check(tables, name, out, image_folder, every):
 
 
 NAMES = ["cifar10-resnet", "cifar100-wideresnet", "ptb-lstm2", "ptb-lstm3", "networks", "datasets", "imagenet",
-         "epochs", "t-val", "horizon", "horizon-text", "own"]
+         "epochs", "t-val", "horizon", "horizon-text", "corruption", "label-noise", "sizes", "own"]
 
 
 def test_every_table_is_tested_here(tables):
@@ -166,6 +166,11 @@ def test_a_long_run_serves_the_shorter_lines():
     shared, own = ([cell for cell in cells if cell.method == name] for name in ("schedule-free", "onecycle"))
     assert len({cell.name for cell in shared}) == 1 and [cell.is_whole for cell in shared] == [False, True]
     assert len({cell.name for cell in own}) == 2 and all(cell.is_whole for cell in own)
+
+
+def test_a_run_serves_no_line_that_differs_in_more_than_its_length():
+    cells = cells_of(TABLES["sizes"], "desk", 1, ["fixed"], {})
+    assert [cell.num_epochs for cell in cells] == [60, 40, 25, 6] and all(cell.is_whole for cell in cells)
 
 
 @pytest.mark.parametrize("table", ["cifar10-resnet-desk", "networks-desk", "horizon-desk", "horizon-text-desk",

@@ -1,0 +1,90 @@
+"""The measured LR scale of a run: found before its first step, kept in its folder, and drawn."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from data.meta_stream import TrainStream
+from distributed import averaged_gradients, rank
+from mlr_snet import MeasuredScale, Task, Trial, has_paper_scale, measure_lr_scale
+from utils import write_atomically
+
+FILE = "lr_scale.json"
+
+
+@dataclass
+class Measurement:
+    """What measure_lr_scale found and tried, and the seconds that it took."""
+
+    result: MeasuredScale
+    seconds: float
+
+    def write(self, folder: Path) -> None:
+        """lr_scale.json and lr_scale.png. Rank 0 alone writes."""
+        content = {"scale": self.result.scale, "num_steps": self.result.num_steps, "seconds": self.seconds,
+                   "trials": [asdict(trial) for trial in self.result.trials]}
+        write_atomically(folder / FILE, json.dumps(content, indent=1).encode())
+        if rank() == 0:
+            draw(self.result, folder / "lr_scale.png")
+
+
+def read(folder: Path) -> Measurement:
+    """The measurement of the run in that folder. ValueError for a file that is not one."""
+    try:
+        content = json.loads((folder / FILE).read_text())
+        trials = [Trial(**trial) for trial in content["trials"]]
+        return Measurement(MeasuredScale(float(content["scale"]), trials), float(content["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
+
+
+def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer) -> Measurement:
+    """Measure the LR scale of the run, or take it from the folder of a run that is resumed."""
+    if args.resume and (args.out / FILE).exists():
+        return read(args.out)
+    start = time.perf_counter()
+    with averaged_gradients(network):
+        num_steps = args.num_epoch * task.steps_per_epoch
+        result = measure_lr_scale(network, optimizer, TrainStream(task, network), num_steps, task.clip)
+    return Measurement(result, time.perf_counter() - start)
+
+
+def chosen_gamma(
+    args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer
+) -> tuple[float | str, Measurement | None]:
+    """What --gamma stands for: a number or "paper", and the measurement where there was one."""
+    gamma = args.gamma
+    if gamma == "auto":
+        gamma = "paper" if has_paper_scale(optimizer) else "measured"
+    if gamma != "measured":
+        return gamma, None
+    measurement = measure(args, task, network, optimizer)
+    return measurement.result.scale, measurement
+
+
+def draw(result: MeasuredScale, path: Path) -> None:
+    """The loss against the rate of the range test, and the losses of the cosine trials."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    range_test, *cosines = result.trials
+    start = sum(range_test.losses[:20]) / 20
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    left.plot(range_test.rates, range_test.losses, color="0.6", linewidth=1, label="training loss")
+    left.axvline(result.scale, color="k", linestyle="--", label=f"measured scale {result.scale:.3g}")
+    left.set(xscale="log", ylim=(0, 1.6 * start), xlabel="learning rate", ylabel="training loss (nats)",
+             title="LR range test")
+    for trial in cosines:
+        right.plot(range(1, len(trial.losses) + 1), trial.losses, label=f"peak {trial.rates[0]:.3g}")
+    right.set(ylim=(0, 1.6 * start), xlabel="step", ylabel="training loss (nats)", title="Cosine trials")
+    for panel in (left, right):
+        panel.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,179 @@
+"""measure_lr_scale: its equations, its oracle on a quadratic, and that it restores everything bit for bit."""
+
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlr_snet import DIRECTIONS, RANGE_STEPS, MLRSNet, MLRSNetLR, measure_lr_scale, usual_lr
+
+
+class Quadratic:
+    """½·Σ λ w², with curvatures from λ_max/10 to λ_max."""
+
+    def __init__(self, largest):
+        self.network = nn.Linear(5, 1, bias=False).double()
+        nn.init.ones_(self.network.weight)
+        self.curvatures = torch.linspace(largest / 10, largest, 5, dtype=torch.float64)
+
+    def loss(self):
+        return 0.5 * (self.curvatures * self.network.weight.square()).sum()
+
+
+@pytest.mark.parametrize("largest", [0.1, 0.5, 1.0, 2.0])
+def test_on_a_quadratic_the_scale_of_sgd_is_near_the_limit_of_stability(largest):
+    problem = Quadratic(largest)
+    optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
+    measured = measure_lr_scale(problem.network, optimizer, problem.loss, 1000)
+    limit = 2 / largest
+    assert 0.2 * limit < measured.scale < 1.3 * limit  # a cosine can start above the limit, for it soon falls below
+
+
+def test_a_loss_that_grows_at_every_trial_rate_is_refused():
+    problem = Quadratic(50.0)  # without noise, the loss of a range test is lowest far beyond the limit of stability
+    optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="grows at each of the peak learning rates"):
+        measure_lr_scale(problem.network, optimizer, problem.loss, 1000)
+
+
+def noisy_loss(network, generator):
+    def next_loss():
+        inputs = torch.randn(16, 6, generator=generator)
+        return nn.functional.cross_entropy(network(inputs), (inputs.sum(1) > 0).long())
+
+    return next_loss
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def test_the_trial_rates_follow_the_equations():
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
+    measured = measure_lr_scale(network, optimizer, noisy_loss(network, torch.Generator().manual_seed(0)), 1000)
+    range_test, *cosines = measured.trials
+    assert range_test.kind == "range test" and [trial.kind for trial in cosines] == ["cosine"] * 3
+    usual = usual_lr(optimizer)
+    assert usual == pytest.approx(0.05)
+    expected = [usual / 1000 * 1e5 ** (step / (RANGE_STEPS - 1)) for step in range(RANGE_STEPS)]
+    assert range_test.rates == pytest.approx(expected)
+    averages, average = [], 0.0
+    for step, loss in enumerate(range_test.losses, 1):
+        average = 0.8 * average + 0.2 * loss
+        averages.append(average / (1 - 0.8**step))
+    lr_range = 2 / 3 * range_test.rates[averages.index(min(averages))]
+    peaks = [trial.rates[0] for trial in cosines]
+    assert peaks == pytest.approx([1.5 * usual, 1.5 * math.sqrt(usual * lr_range), 1.5 * lr_range])
+    for trial in cosines:
+        steps = len(trial.rates)
+        cosine = [math.cos(math.pi * step / steps / 2) ** 2 for step in range(steps)]
+        assert trial.rates == pytest.approx([trial.rates[0] * factor for factor in cosine])
+    last = [sum(trial.losses[-3:]) for trial in cosines]
+    assert measured.scale == pytest.approx(2 / 3 * peaks[last.index(min(last))])
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(10, 150), (3000, 150), (20_000, 1000)])
+def test_measuring_takes_150_steps_or_5_percent_of_the_run(num_steps, expected):
+    problem = Quadratic(1.0)
+    optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
+    measured = measure_lr_scale(problem.network, optimizer, problem.loss, num_steps)
+    assert expected - 3 < measured.num_steps <= expected
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_everything_is_restored_bit_for_bit(kind, is_fresh):
+    network = small_network()
+    weights = [parameter for parameter in network.parameters() if kind.__name__ != "Muon" or parameter.dim() == 2]
+    optimizer = kind(weights, lr=torch.tensor(0.01) if kind is torch.optim.SGD else 0.01)
+    next_loss = noisy_loss(network, None)
+    if not is_fresh:
+        next_loss().backward()
+        optimizer.step()
+    next_loss().backward()
+    network.eval()
+
+    def everything():
+        gradients = [parameter.grad for parameter in network.parameters()]
+        generators = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+        return copy.deepcopy([network.state_dict(), optimizer.state_dict(), gradients, generators, network.training])
+
+    before, rate = everything(), optimizer.param_groups[0]["lr"]
+    assert measure_lr_scale(network, optimizer, next_loss, 100).scale > 0
+    assert identical(before, everything())
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
+def identical(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return one == other
+
+
+class Stream:
+    """Batches in order, with a position that can be restored."""
+
+    def __init__(self, network):
+        self.network, self.position, self.asked = network, 7, []
+
+    def __call__(self):
+        self.asked.append(self.position)
+        next_loss = noisy_loss(self.network, torch.Generator().manual_seed(self.position))
+        self.position += 1
+        return next_loss()
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def test_every_trial_sees_the_same_batches_and_the_stream_is_restored():
+    network = small_network()
+    stream = Stream(network)
+    measure_lr_scale(network, torch.optim.Adam(network.parameters()), stream, 100)
+    assert stream.position == 7
+    assert stream.asked == [*range(7, 127), *range(7, 17), *range(7, 17), *range(7, 17)]
+
+
+def test_a_loss_that_falls_at_no_rate_is_refused():
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="falls at no learning rate"):
+        measure_lr_scale(network, optimizer, lambda: 0 * network[0].weight.sum() + torch.rand(()), 100)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="at rates near zero"):
+        measure_lr_scale(network, optimizer, lambda: math.nan * network[0].weight.sum(), 100)
+
+
+def test_clipping_is_part_of_the_measurement():
+    problem = Quadratic(1.0)
+    optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
+    free, clipped = (
+        measure_lr_scale(problem.network, optimizer, problem.loss, 100, max_norm=norm).scale for norm in (None, 1e-2)
+    )
+    assert clipped > 3 * free
+
+
+def test_auto_refuses_an_optimizer_that_the_papers_formula_was_not_made_for():
+    weight = nn.Parameter(torch.zeros(1))
+    for optimizer in (torch.optim.SGD([weight], lr=1.0, momentum=0.9), torch.optim.AdamW([weight])):
+        with pytest.raises(ValueError, match="measure_lr_scale"):
+            MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3)
+        assert MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3, gamma="paper").fixed_gamma is None

@@ -1,0 +1,72 @@
+"""--gamma measured and --lr measured in the real scripts."""
+
+import json
+import subprocess
+
+import pytest
+from test_distributed import TWO
+from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, SMALL, TEXT, call, results, run, same
+
+SHORT = [*SMALL, "--num-epoch", "2"]
+MOMENTUM = [*SHORT, "--momentum", "0.9"]
+
+
+def scale_of(folder):
+    return json.loads((folder / "lr_scale.json").read_text())
+
+
+def test_auto_measures_with_momentum_and_uses_the_papers_formula_without(tmp_path, capsys):
+    assert call(capsys, META_TEST, *MOMENTUM, "--out", tmp_path / "momentum").returncode == 0
+    record = scale_of(tmp_path / "momentum")
+    assert 0 < record["scale"] < 5 and record["num_steps"] == 150 and len(record["trials"]) == 4
+    assert (tmp_path / "momentum" / "lr_scale.png").stat().st_size > 10_000
+    cost = json.loads((tmp_path / "momentum" / "cost.json").read_text())
+    assert cost["measuring_steps"] == 150 and cost["backward_passes"] == 150 + 8
+    assert call(capsys, META_TEST, *SHORT, "--out", tmp_path / "plain").returncode == 0
+    assert not (tmp_path / "plain" / "lr_scale.json").exists()
+
+
+def test_a_run_with_the_measured_scale_equals_one_that_is_given_the_number(tmp_path, capsys):
+    arguments = [*SHORT, "--optimizer", "adamw", "--num-meta", "100", "--t-val", "2"]
+    assert call(capsys, META_TRAIN, *arguments, "--out", tmp_path / "measured").returncode == 0
+    gamma = scale_of(tmp_path / "measured")["scale"]
+    assert call(capsys, META_TRAIN, *arguments, "--gamma", gamma, "--out", tmp_path / "number").returncode == 0
+    same(results(tmp_path / "measured"), results(tmp_path / "number"))
+
+
+@pytest.mark.parametrize("modality", [SHORT, [*TEXT, "--num-epoch", "2", "--limit-train", "10000"]])
+def test_a_baseline_starts_at_the_measured_rate(tmp_path, capsys, modality):
+    done = call(capsys, META_TEST, *modality, "--schedule", "fixed", "--lr", "measured", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rates = [float(row.split(",")[1]) for row in results(tmp_path / "run")[0][1:]]
+    assert rates == pytest.approx([scale_of(tmp_path / "run")["scale"]] * 2)
+
+
+def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
+    import measuring
+
+    out = tmp_path / "run"
+    assert call(capsys, META_TEST, *MOMENTUM, "--out", out).returncode == 0
+    monkeypatch.setattr(measuring, "measure_lr_scale", None)
+    assert call(capsys, META_TEST, "--resume", "--out", out).returncode == 0
+    (out / "lr_scale.json").write_text("{}")
+    done = call(capsys, META_TEST, "--resume", "--out", out)
+    assert done.returncode == 2 and "lr_scale.json" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_two_ranks_measure_the_scale_of_one_process(tmp_path):
+    """A language model without dropout: no BatchNorm statistics that differ between the ranks."""
+    arguments = [*TEXT, "--num-epoch", "1", "--limit-train", "10000", "--dropout", "0", "--gamma", "measured"]
+    command = [*TWO, META_TEST, *arguments, "--out", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert run(META_TEST, *arguments, "--out", tmp_path / "one").returncode == 0
+    two, one = scale_of(tmp_path / "two"), scale_of(tmp_path / "one")
+    assert two["trials"][0]["losses"][:60] == pytest.approx(one["trials"][0]["losses"][:60], rel=1e-3)
+    assert two["scale"] == pytest.approx(one["scale"], rel=0.3)
+
+
+@pytest.mark.parametrize("schedule", ["prodigy", "l4mom"])
+def test_a_measured_rate_for_a_schedule_without_one_is_refused(tmp_path, capsys, schedule):
+    done = call(capsys, META_TEST, *SHORT, "--schedule", schedule, "--lr", "measured", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "leave" in done.stderr.splitlines()[-1]
