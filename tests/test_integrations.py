@@ -7,8 +7,11 @@ examples for Accelerate, timm, ignite and a plain loop are tested through their 
 import contextlib
 import copy
 import importlib
+import json
 import math
+import os
 import pydoc_data.topics
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -323,6 +326,54 @@ def test_an_example_equals_the_plain_loop_and_so_does_a_run_resumed_in_the_middl
         assert_equal(expected, example_run(example, kind, network, parts, folder))
 
 
+ON_RANKS = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+import json
+from pathlib import Path
+import torch
+import accelerate_example as example
+import test_integrations as tests
+
+torch.manual_seed(0)  # no BatchNorm, which normalizes a rank's share by itself
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
+optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+batches = [(images.double(), labels) for images, labels in tests.batches()]
+meta_loss = lambda: tests.loss_of(network, batches[0])
+net = torch.manual_seed(1) and tests.MLRSNet(8).double()
+schedule = tests.MetaMLRSNetLR(
+    optimizer, net, network, meta_loss, num_classes=10, num_epochs=1, steps_per_epoch=3, t_val=1, lr=0.1
+)
+rates = tests.rates_of(optimizer)
+accumulation = int(sys.argv[3])
+example.train(network, optimizer, schedule, tests.loader_of(batches), 1, Path("checkpoint"), accumulation, 0.5)
+rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+Path(f"rates_{rank}.json").write_text(json.dumps(rates))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_of_accelerate_take_the_steps_of_one_process(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    here = Path(__file__).parent
+    (tmp_path / "on_ranks.py").write_text(ON_RANKS)
+    rates = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*(launch if ranks > 1 else [sys.executable]), str(tmp_path / "on_ranks.py")]
+        # the same micro-batches in a window: four of one rank, or two of each
+        command += [str(here), str(here.parent / "integrations"), str(4 // ranks)]
+        environment = os.environ | {"PYTHONPATH": str(here.parent), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        rates[ranks] = [json.loads((folder / f"rates_{rank}.json").read_text()) for rank in range(ranks)]
+    assert rates[2][0] == rates[2][1]
+    # the ranks' losses and gradients are added up in another order than one process's
+    torch.testing.assert_close(torch.tensor(rates[2][0]), torch.tensor(rates[1][0]), rtol=1e-12, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------- GradScaler
 
 
@@ -472,6 +523,26 @@ def test_a_run_planned_in_steps_changes_its_nets_at_the_thirds_of_its_steps(ligh
     module.on_before_zero_grad = lambda _: numbers.append(callback.schedule.phase)
     lightning.Trainer(**quiet(tmp_path), max_steps=9, callbacks=[callback]).fit(module, Loader())
     assert numbers[1:] == [0, 0, 0, 1, 1, 1, 2, 2]  # before steps 2 to 9
+
+
+def test_lightnings_short_last_window_of_an_epoch_gives_its_mean_loss(lightning, tmp_path):
+    from mlr_snet_lightning import MLRSNetCallback
+
+    module, losses = lightning_module(lightning), []
+
+    def training_step(batch, batch_idx):
+        loss = loss_of(module.network, batch)
+        losses.append(loss.item())
+        return loss
+
+    module.training_step = training_step
+    callback = MLRSNetCallback(partial(Recorded, nets=load_schedules(), num_classes=10))
+    lightning.Trainer(
+        **quiet(tmp_path), max_epochs=1, accumulate_grad_batches=5, callbacks=[callback]
+    ).fit(module, Loader())
+    windows = [losses[:5], losses[5:10], losses[10:]]  # of 12 micro-batches
+    means = [sum(window) / len(window) for window in windows]
+    assert callback.schedule.losses == pytest.approx(means, rel=1e-6)
 
 
 def test_the_trainers_scheduler_slot_does_nothing_on_a_bare_step(transformers, tmp_path):
