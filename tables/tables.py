@@ -7,6 +7,7 @@ import io
 import shlex
 import sys
 import tempfile
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 
 from cells import Cell, cells_of, parse  # noqa: E402
 from cluster import build_executor, threads_of  # noqa: E402
+from page import is_available, write_page  # noqa: E402
 from race import Race  # noqa: E402
 from report import (  # noqa: E402
     COST_COLUMNS,
@@ -75,11 +77,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "and 1 CPU); cluster=local runs them on this machine")
     add("--out", type=folder, default=SCRIPT.parent / "result",
         help="folder of the tables (default: result beside this script)")
+    add("--open", action="store_true", help="show the table's page in the browser (needs the package bokeh)")
     args = parser.parse_args(argv)
     if not args.list and not args.table:
         parser.error(f"--table: choose from {', '.join(TABLES)}")
     if args.slurm_options and not args.slurm:
         parser.error("--slurm-option belongs to --slurm; leave it out")
+    if args.open and not is_available():
+        parser.error("--open: the page of a table needs the package bokeh; pip install bokeh")
     if args.slurm and args.jobs:
         parser.error("--jobs is for one machine; leave it out with --slurm")
     args.only = list(dict.fromkeys(args.only))
@@ -182,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 130
             write_report(args, race, out, command)
     print((out / "table.md").read_text())
+    if args.open:
+        webbrowser.open((out / "table.html").as_uri())
     return 0
 
 
@@ -192,6 +199,8 @@ def write_report(args: argparse.Namespace, race: Race, out: Path, command: str) 
     write_csv(out / "table.csv", result_columns(records), records)
     write_csv(out / "cost.csv", COST_COLUMNS, records)
     write_markdown(out / "table.md", table, race, records, command)
+    if is_available():
+        write_page(out / "table.html", table.title, race, records, args.highlight)
     if table.only_in_t_val:
         draw_t_val(out / "t_val.png", records, args.highlight)
         records = by_problem([record for record in records if record["method"] not in table.only_in_t_val])
