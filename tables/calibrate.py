@@ -420,9 +420,9 @@ class Case:
         average, lowest, place = losses[0], math.inf, 0
         for index, loss in enumerate(losses):
             average = 0.8 * average + 0.2 * loss
-            if not math.isfinite(loss) or (lowest < mean - deviation and average > mean + deviation):
+            if not math.isfinite(loss) or (lowest < mean - deviation and average > mean + 3 * deviation):
                 break
-            if average < lowest:
+            if index >= 20 and average < lowest:
                 lowest, place = average, index
         return math.log2(sweep(1e-3, 1e2, num_steps)[place])
 
@@ -514,7 +514,7 @@ def collect(cache: Cache, longest: int) -> list[Case]:
         for (other, _), trace in traces.items():
             complete = 120 in trace["range"] and len(trace["trial"]) == 12
             if other == name and complete and set(range(best - 2, best + 3)) <= mean.keys() and num_steps <= longest:
-                trace["range"].setdefault(60, trace["range"][120])  # one seed only
+                trace["range"].setdefault(60, traces[name, 0]["range"][60])  # one seed only
                 cases.append(Case(problems[name], num_steps, mean, trace["range"], trace["trial"]))
     return cases
 
