@@ -667,11 +667,12 @@ def _lr_of_lowest_loss(range_test: Trial) -> float:
     start, noise = _untrained_loss(range_test)
     if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
-    smoothed, total, weight = [], 0.0, 0.0
+    smoothed: list[float] = []
+    total = weight = 0.0
     for loss in range_test.losses:
         total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
         has_fallen = len(smoothed) > UNTRAINED_STEPS and min(smoothed) < start - noise
-        if not math.isfinite(total) or (has_fallen and total / weight > start + noise):
+        if not math.isfinite(total) or (has_fallen and total / weight > start + 3 * noise):
             break  # blown up: a network with BatchNorm can recover from that at an absurd rate
         smoothed.append(total / weight)
     lowest = min(smoothed)
