@@ -59,12 +59,12 @@ class MLRSNetTrainer(Trainer):
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
             if warmup_steps:
                 raise ValueError(f"{warmup_steps} warm-up steps: a learned schedule has none; leave warmup_steps at 0")
+            if self.handle:
+                self.handle.remove()  # of an earlier train() with the same optimizer
             num_epochs, steps_per_epoch = self.planned_run(num_training_steps)
             schedule = self.make_schedule(
                 optimizer=optimizer or self.optimizer, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
             )
-            if self.handle:
-                self.handle.remove()  # of an earlier train() with the same optimizer
             self.handle, self.window = schedule.attach(self.next_loss), -1
             self.lr_scheduler = SchedulerSlot(schedule)
             self._created_lr_scheduler = True  # the next train() makes a new one

@@ -471,7 +471,7 @@ def test_lightning_drops_the_loss_of_a_step_that_fp16_skips(lightning, tmp_path)
         return loss * math.inf if batch_idx == 7 else loss  # the second micro-batch of the fourth step
 
     module.training_step = training_step
-    callback = MLRSNetCallback(partial(Recorded, nets=load_schedules(), num_classes=10))
+    callback = MLRSNetCallback(partial(Recorded, nets=load_schedules(), num_classes=10, gamma=0.1))
     lightning.Trainer(
         **quiet(tmp_path), max_epochs=1, accumulate_grad_batches=2, plugins=[precision], callbacks=[callback]
     ).fit(module, Loader())
@@ -517,8 +517,8 @@ def test_parameter_groups_keep_their_ratios():
 def test_a_run_planned_in_steps_changes_its_nets_at_the_thirds_of_its_steps(lightning, tmp_path):
     from mlr_snet_lightning import MLRSNetCallback
 
-    module, nets = lightning_module(lightning), load_schedules()
-    callback = MLRSNetCallback(partial(MLRSNetLR, nets=nets, num_classes=10))
+    module = lightning_module(lightning)
+    callback = MLRSNetCallback(make_schedule("use", module.network))
     numbers = []
     module.on_before_zero_grad = lambda _: numbers.append(callback.schedule.phase)
     lightning.Trainer(**quiet(tmp_path), max_steps=9, callbacks=[callback]).fit(module, Loader())
@@ -536,7 +536,7 @@ def test_lightnings_short_last_window_of_an_epoch_gives_its_mean_loss(lightning,
         return loss
 
     module.training_step = training_step
-    callback = MLRSNetCallback(partial(Recorded, nets=load_schedules(), num_classes=10))
+    callback = MLRSNetCallback(partial(Recorded, nets=load_schedules(), num_classes=10, gamma=0.1))
     lightning.Trainer(
         **quiet(tmp_path), max_epochs=1, accumulate_grad_batches=5, callbacks=[callback]
     ).fit(module, Loader())
