@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from specs import (
     CLIPPED_SGD,
+    CONSTANT,
     DATASET_TITLES,
+    GRIDS,
     KNOWS_ITS_LENGTH,
     METHODS,
     NETWORK_TITLES,
     OLDER_NAMES,
+    OWN_DIRECTION,
     WITHOUT_MOMENTUM,
     Table,
 )
 
 from data import TEXTS
-from utils import ROOT
+from mlr_snet import usual_lr
+from utils import ROOT, build_optimizer
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value, "" for a flag without one
 
@@ -102,7 +107,7 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], over
     lines = {}
     longest: dict[frozenset[tuple[str, str]], int] = {}  # a line without its length -> the most epochs
     for line, own in table.lines[preset].items():
-        arguments = parse(table.presets[preset]) | parse(own) | overrides
+        arguments = _with_data_root(parse(table.presets[preset]) | parse(own) | overrides)
         lines[line] = arguments
         key = _all_but_length(arguments)
         longest[key] = max(longest.get(key, 0), int(arguments["num-epoch"]))
@@ -110,12 +115,35 @@ def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], over
     for seed in range(seeds):
         for line, shared in lines.items():
             group = line.replace(problem_of(parse(table.lines[preset][line])), problem_of(shared))
-            for method in _methods_of(table, shared, methods):
+            fitting = _methods_of(table, shared, methods)
+            grid = grid_of(shared, preset) if table.has_regret else []
+            for method in dict.fromkeys([*fitting, *grid]):
                 arguments = _arguments_of(table, preset, shared, method)
                 if method not in KNOWS_ITS_LENGTH:  # its run on the longest line also serves the shorter ones
                     arguments["num-epoch"] = str(longest[_all_but_length(shared)])
                 cells.append(Cell(group, method, seed, tuple(arguments.items()), int(shared["num-epoch"])))
     return cells
+
+
+def _with_data_root(arguments: Arguments) -> Arguments:
+    """Without image-root and text-root, which stand for the data-root of the image and of the text lines."""
+    arguments = dict(arguments)
+    roots = {"image-root": arguments.pop("image-root", ""), "text-root": arguments.pop("text-root", "")}
+    root = roots["text-root" if arguments["dataset"] in TEXTS else "image-root"]
+    if root:
+        arguments["data-root"] = root
+    return arguments
+
+
+def grid_of(arguments: Arguments, preset: str) -> list[str]:
+    """The cosines whose best is the zero mark of a line with regrets; for a smoke, the three in the middle."""
+    optimizer = arguments.get("optimizer", "sgd").removesuffix("w")
+    if float(arguments.get("momentum", 0)):
+        optimizer = "momentum"
+    peaks = GRIDS["text" if arguments["dataset"] in TEXTS else "images", optimizer]
+    if preset == "smoke":
+        peaks = peaks[1:4]
+    return [f"cosine {peak}" for peak in peaks]
 
 
 def _all_but_length(arguments: Arguments) -> frozenset[tuple[str, str]]:
@@ -142,8 +170,20 @@ def _arguments_of(table: Table, preset: str, shared: Arguments, method: str) -> 
     if not is_text and any(METHODS[name].startswith("meta-train") for name in table.methods):
         # Meta-training holds images out. Every method of the table trains on what is left.
         arguments.setdefault("num-meta", "100" if preset == "smoke" else "1000")
-    if is_text and method in CLIPPED_SGD:
+    if is_text and method in CLIPPED_SGD and arguments.get("optimizer", "sgd") == "sgd":
         arguments.setdefault("lr", "20")
+    if method in CONSTANT:
+        arguments["lr"] = _constant_lr(arguments)
+    if method in OWN_DIRECTION:
+        arguments.pop("optimizer", None)
     if method in WITHOUT_MOMENTUM:
         arguments.pop("momentum", None)
     return arguments
+
+
+def _constant_lr(arguments: Arguments) -> str:
+    """The rate that is best on the average calibration problem of the line's optimizer."""
+    weights = [torch.zeros(1, requires_grad=True)]
+    momentum = float(arguments.get("momentum", 0))
+    optimizer = build_optimizer(arguments.get("optimizer", "sgd"), weights, 1.0, momentum, weight_decay=0.0)
+    return f"{usual_lr(optimizer):.3g}"

@@ -147,20 +147,27 @@ def write_markdown(path: Path, table: Table, race: Race, records: list[Record], 
     for group in dict.fromkeys(record["group"] for record in records):
         members = [record for record in records if record["group"] == group]
         lines += [f"## {members[0]['title']}", "", *_section(members, table.published.get(group, {})), ""]
+    lines += [
+        "Mean ± standard deviation over the seeds. Time, forward and backward passes and peak memory are relative to "
+        "fixed (text: sgd+val); the passes leave evaluation out. Published numbers are the paper's at the last epoch, "
+        "in its own setting; ~ marks those read off its plots.", "",
+        provenance_of(race, command), "",
+    ]
+    write_atomically(path, "\n".join(lines).encode())
+
+
+def provenance_of(race: Race, command: str) -> str:
+    """Command, seeds, commits, hardware and versions in a line."""
     facts = [race.record(cell, "args.json") for cell in race.cells]
     hardware = set()
     for fact in facts:
         processor = fact["hardware"]["gpu"] or fact["hardware"]["cpu"]
         hardware.add(f"{processor}, {fact['hardware']['threads']} thread(s) a run")
-    lines += [
-        "Mean ± standard deviation over the seeds. Time, forward and backward passes and peak memory are relative to "
-        "fixed (text: sgd+val); the passes leave evaluation out. Published numbers are the paper's at the last epoch, "
-        "in its own setting; ~ marks those read off its plots.", "",
+    return (
         f"Command: `{command}`; seeds 0 to {max(cell.seed for cell in race.cells)}; "
         f"commit {', '.join(sorted({fact['commit'] for fact in facts}))}; {'; '.join(sorted(hardware))}; "
-        f"torch {', '.join(sorted({fact['versions']['torch'] for fact in facts}))}.", "",
-    ]
-    write_atomically(path, "\n".join(lines).encode())
+        f"torch {', '.join(sorted({fact['versions']['torch'] for fact in facts}))}."
+    )
 
 
 def _section(members: list[Record], published: dict[str, str]) -> list[str]:
@@ -255,7 +262,7 @@ def _badness(record: Record) -> float:
     return -value if record["metric"] == "test_acc" else value
 
 
-def _style(label: str, chosen: list[str]) -> dict[str, Any]:
+def style_of(label: str, chosen: list[str]) -> dict[str, Any]:
     """Colour and line of a label; grey and thin where it is not chosen."""
     if label not in chosen:
         return {"color": GREY, "linewidth": 0.9, "zorder": 1}
@@ -277,7 +284,7 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
     """A row of panels for every group: training loss, test metric with a band of one standard deviation over the seeds
     (of the averaged weights as well, where there are any), and LR, against epochs.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     records = [record for record in records if "runs" in record]
     groups = list(dict.fromkeys(record["group"] for record in records))
     is_averaged = any("average_mean" in record for record in records)
@@ -296,7 +303,8 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
         shown["lr"] = "learning rate (mean of the epoch)"
         for panel, (column, label) in zip(row, shown.items(), strict=True):
             for record in members:
-                _draw_curve(panel, record, column, _style(record["label"], chosen), has_band=column.startswith(metric))
+                style = style_of(record["label"], chosen)
+                _draw_curve(panel, record, column, style, has_band=column.startswith(metric))
             panel.set(xlabel="epoch", ylabel=label)
             panel.xaxis.get_major_locator().set_params(integer=True)
             if column == "lr":
@@ -328,7 +336,7 @@ def _draw_curve(panel: Any, record: Record, column: str, style: dict[str, Any], 
 
 def draw_t_val(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> None:
     """The last test metric of the averaged weights against T_val, for both meta points, beside the other methods'."""
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     records = [record for record in records if "average_mean" in record]
     groups = list(dict.fromkeys(record["group"] for record in records))
     width = max(1, min(3, len(groups)))
@@ -345,7 +353,7 @@ def draw_t_val(path: Path, records: list[Record], highlight: Sequence[str] = ())
         for record in levels:
             if record["group"] == group:
                 is_grey = record["label"] not in chosen
-                style = _style(record["label"], ["lookahead", "average", *chosen])
+                style = style_of(record["label"], ["lookahead", "average", *chosen])
                 if not is_grey:
                     style["linestyle"] = ":"
                 panel.axhline(record["average_mean"], label=None if is_grey else record["label"], **style)
@@ -382,7 +390,7 @@ def _draw_meta_point(panel: Any, members: list[Record], point: str, colour: str)
         panel.errorbar(t_vals, means, deviations, color=colour, marker="o", capsize=3, label=label, zorder=3)
 
 
-def _pyplot() -> Any:
+def pyplot_for_files() -> Any:
     """matplotlib's pyplot, for files alone."""
     import matplotlib
 

@@ -19,7 +19,23 @@ class Table:
     published: dict[str, dict[str, str]] = field(default_factory=dict)  # line -> method -> the paper's number
     text_methods: list[str] = field(default_factory=list)  # of the text lines, in a table that has images and text
     only_in_t_val: list[str] = field(default_factory=list)  # methods that t_val.png shows instead of table.png
+    has_regret: bool = False  # every line also runs a grid of cosines, whose best is the zero mark of regret.py
 
+
+# Peak rates at most a factor of 3 apart. A line of a table with regrets runs a cosine from each of its optimizer's;
+# AdamW has Adam's.
+GRIDS: dict[tuple[str, str], list[str]] = {
+    ("images", "sgd"): ["0.035", "0.1", "0.3", "0.9", "2.7"],
+    ("images", "momentum"): ["0.012", "0.035", "0.1", "0.3", "0.9"],
+    ("images", "adam"): ["0.00018", "0.0005", "0.0014", "0.004", "0.012", "0.035"],
+    ("text", "sgd"): ["0.9", "2.7", "8", "24", "72"],
+    ("text", "momentum"): ["0.1", "0.3", "0.9", "2.7", "8"],
+    ("text", "adam"): ["0.0005", "0.0014", "0.004", "0.012", "0.035"],
+}
+GRID_METHODS = {f"cosine {peak}": float(peak) for peaks in GRIDS.values() for peak in peaks}
+DECAYING = ["cosine", "warmup-cosine", "linear", "wsd"]  # raced at three peaks: usual, measured and constant
+MEASURED = {f"{name} (measured)": f"meta-test --schedule {name} --lr measured" for name in DECAYING}
+CONSTANT = {f"{name} (constant)": f"meta-test --schedule {name}" for name in DECAYING}  # cells.py sets the rate
 
 METHODS: dict[str, str] = {  # the script and the arguments that make the method
     "MLR-SNet (learning)": "meta-train",
@@ -38,18 +54,30 @@ METHODS: dict[str, str] = {  # the script and the arguments that make the method
     # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
     "MLR-SNet (transferred, gamma 0.067)": "meta-test --schedule mlr-snet --gamma 0.067",
     "MLR-SNet (transferred, average net)": "meta-test --schedule mlr-snet --nets average",
+    "MLR-SNet (transferred, measured)": "meta-test --schedule mlr-snet --gamma measured",
+    "MLR-SNet (transferred, average net, measured)": "meta-test --schedule mlr-snet --nets average --gamma measured",
     "fixed": "meta-test --schedule fixed",
+    "fixed (measured)": "meta-test --schedule fixed --lr measured",
     "fixed 0.4": "meta-test --schedule fixed --lr 0.4",
     "fixed 5": "meta-test --schedule fixed --lr 5",
     "multistep": "meta-test --schedule multistep",
+    "multistep (measured)": "meta-test --schedule multistep --lr measured",
     "exponential": "meta-test --schedule exponential",
     "cosine": "meta-test --schedule cosine",
     "cosine 0.5": "meta-test --schedule cosine --lr 0.5",
+    "warmup-cosine": "meta-test --schedule warmup-cosine",
+    "linear": "meta-test --schedule linear",
+    "wsd": "meta-test --schedule wsd",
+    **MEASURED,
+    **CONSTANT,
+    **{name: f"meta-test --schedule {name.replace(' ', ' --lr ')}" for name in GRID_METHODS},
     "sgdr": "meta-test --schedule sgdr",
     "onecycle": "meta-test --schedule onecycle",
     "adam": "meta-test --schedule fixed --optimizer adam",
     "sgd+val": "meta-test --schedule val",
     "adam+val": "meta-test --schedule val --optimizer adam",
+    "plateau": "meta-test --schedule plateau",
+    "greedy": "meta-test --schedule greedy",
     "hd": "meta-test --schedule hd",
     "hd-adam": "meta-test --schedule hd --optimizer adam",
     "rtho": "meta-test --schedule rtho",
@@ -58,6 +86,7 @@ METHODS: dict[str, str] = {  # the script and the arguments that make the method
     "schedule-free": "meta-test --schedule schedule-free",
     "schedule-free-adamw": "meta-test --schedule schedule-free --optimizer adamw",
     "prodigy": "meta-test --schedule prodigy --optimizer adam",
+    "dadaptation": "meta-test --schedule dadaptation",
 }
 
 # Run folders carry these older names, and --only takes them as well: committed results are found by their commands.
@@ -80,11 +109,15 @@ OLDER_NAMES: dict[str, str] = {
 
 # These adapt to the length of the run. Any other method's run on a long line also serves the shorter lines.
 KNOWS_ITS_LENGTH = [
-    "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, gamma 0.067)", "multistep", "cosine",
-    "cosine 0.5", "onecycle",
+    "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, gamma 0.067)", "multistep", "cosine 0.5",
+    "onecycle", "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)",
+    "fixed (measured)", "multistep (measured)", *DECAYING, *MEASURED, *CONSTANT, *GRID_METHODS,
 ]
 WITHOUT_MOMENTUM = ["adam", "adam+val", "hd-adam", "l4mom", "l4adam", "schedule-free-adamw", "prodigy"]
-CLIPPED_SGD = ["fixed", "cosine", "onecycle", "schedule-free", "hd", "rtho"]  # on text: they start at rate 20
+OWN_DIRECTION = ["l4mom", "l4adam"]  # which stands in for the optimizer's
+CLIPPED_SGD = [  # on text they start at rate 20
+    "fixed", "onecycle", "schedule-free", "hd", "rtho", "plateau", "greedy", *DECAYING,
+]
 
 NETWORK_TITLES = {
     "resnet": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50", "resnet101": "ResNet-101",
@@ -146,6 +179,15 @@ def _with_label_noise(problem: str, rates: Sequence[str], kinds: Sequence[str]) 
         for rate in rates:
             line = f"{name}, {float(rate):.0%} wrong labels ({kind})"
             lines[line] = f"{problem} label-noise={rate} noise-kind={kind}"
+    return lines
+
+
+def _with_both_optimizers(dataset: str, networks: Sequence[str]) -> dict[str, str]:
+    """A line for every network with momentum, then one with AdamW."""
+    lines = {}
+    for optimizer, flag in (("momentum", "momentum=0.9"), ("AdamW", "optimizer=adamw")):
+        for network in networks:
+            lines[f"{network} {dataset}, {optimizer}"] = f"network={network} dataset={dataset} {flag}"
     return lines
 
 
@@ -505,6 +547,107 @@ TABLES: dict[str, Table] = {
             "smoke": {
                 "resnet8 digits, 128 images": "network=resnet8 dataset=digits limit-train=128",
                 "resnet8 digits, 256 images": "network=resnet8 dataset=digits limit-train=256",
+            },
+        },
+    ),
+    "networks-measured": Table(
+        title="Other networks, with the usual and the measured rate",
+        methods=[
+            "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)", "fixed",
+            "fixed (measured)", "multistep", "multistep (measured)", "cosine", "cosine (measured)", "exponential",
+            "sgdr", "adam",
+        ],
+        presets={
+            "paper": "num-epoch=200 average=",
+            "desk": "num-epoch=15 limit-train=5000 limit-test=2000 average=",
+            "smoke": "num-epoch=2 limit-train=64 limit-test=100 batch-size=16 average=",
+        },
+        lines={
+            "paper": _with_both_optimizers("cifar10", ("shufflenetv2", "mobilenetv2", "nasnet")),
+            "desk": _with_both_optimizers("cifar10", ("shufflenetv2", "mobilenetv2", "resnet8")),
+            "smoke": _with_both_optimizers("digits", ("resnet8",)),
+        },
+    ),
+    "full-size": Table(
+        title="All training images at full size",
+        methods=[
+            "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "cosine",
+            "cosine (measured)", "multistep", "multistep (measured)", "fixed", "fixed (measured)", "schedule-free",
+            "prodigy",
+        ],
+        presets={
+            "desk": "num-epoch=30 precision=bf16 average= momentum=0.9",
+            "smoke": "num-epoch=2 limit-train=64 limit-test=100 batch-size=16 average= momentum=0.9",
+        },
+        lines={
+            "desk": {"resnet20 cifar10": "network=resnet20 dataset=cifar10"},
+            "smoke": {"resnet8 digits": "network=resnet8 dataset=digits"},
+        },
+    ),
+    "untuned": Table(
+        title="No tuning: the regret against the best cosine of a grid",
+        methods=[
+            "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED,
+            *CONSTANT, "fixed", "plateau", "greedy", "adam", "hd", "l4adam", "schedule-free", "prodigy", "dadaptation",
+        ],
+        has_regret=True,
+        presets={"desk": "average=", "smoke": "average= num-epoch=2"},
+        lines={
+            "desk": {
+                "resnet8 folder, 24 pixels, 5,000 images, SGD, 12 epochs":
+                    "network=resnet8 dataset=folder image-size=24 limit-train=5000 limit-test=2000 num-epoch=12",
+                "resnet8 folder, 24 pixels, 5,000 images, momentum, 4 epochs":
+                    "network=resnet8 dataset=folder image-size=24 limit-train=5000 limit-test=2000 num-epoch=4 "
+                    "momentum=0.9",
+                "resnet8 folder, 24 pixels, 5,000 images, momentum, 16 epochs":
+                    "network=resnet8 dataset=folder image-size=24 limit-train=5000 limit-test=2000 num-epoch=16 "
+                    "momentum=0.9",
+                "resnet8 folder, 32 pixels, 10,000 images, AdamW, 4 epochs":
+                    "network=resnet8 dataset=folder image-size=32 limit-train=10000 limit-test=2000 num-epoch=4 "
+                    "optimizer=adamw",
+                "resnet20 folder, 16 pixels, 2,500 images, momentum, 20 epochs":
+                    "network=resnet20 dataset=folder image-size=16 limit-train=2500 limit-test=2000 num-epoch=20 "
+                    "momentum=0.9",
+                "resnet20 folder, 32 pixels, 2,500 images, AdamW, 6 epochs":
+                    "network=resnet20 dataset=folder image-size=32 limit-train=2500 limit-test=2000 num-epoch=6 "
+                    "optimizer=adamw",
+                "shufflenetv2 folder, 16 pixels, 2,500 images, momentum, 10 epochs":
+                    "network=shufflenetv2 dataset=folder image-size=16 limit-train=2500 limit-test=2000 num-epoch=10 "
+                    "momentum=0.9",
+                "shufflenetv2 folder, 16 pixels, 2,500 images, AdamW, 10 epochs":
+                    "network=shufflenetv2 dataset=folder image-size=16 limit-train=2500 limit-test=2000 num-epoch=10 "
+                    "optimizer=adamw",
+                "mobilenetv2 folder, 16 pixels, 1,000 images, SGD, 10 epochs":
+                    "network=mobilenetv2 dataset=folder image-size=16 limit-train=1000 limit-test=2000 num-epoch=10",
+                "vit folder, 16 pixels, 5,000 images, AdamW, 10 epochs":
+                    "network=vit dataset=folder image-size=16 limit-train=5000 limit-test=2000 num-epoch=10 "
+                    "optimizer=adamw",
+                "vit folder, 32 pixels, 2,500 images, momentum, 6 epochs":
+                    "network=vit dataset=folder image-size=32 limit-train=2500 limit-test=2000 num-epoch=6 "
+                    "momentum=0.9",
+                "resnet20 digits, momentum, 20 epochs": "network=resnet20 dataset=digits num-epoch=20 momentum=0.9",
+                "lstm2 text, words, SGD, 6 epochs":
+                    "network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=60000 "
+                    "limit-test=20000 num-epoch=6",
+                "lstm2 text, characters, AdamW, 12 epochs":
+                    "network=lstm2 dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=100000 "
+                    "limit-test=20000 num-epoch=12 optimizer=adamw",
+                "gpt text, words, AdamW, 6 epochs":
+                    "network=gpt dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=60000 "
+                    "limit-test=20000 num-epoch=6 optimizer=adamw",
+                "gpt text, characters, AdamW, 4 epochs":
+                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=100000 "
+                    "limit-test=20000 num-epoch=4 optimizer=adamw",
+                "gpt text, characters, AdamW, 16 epochs":
+                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=100000 "
+                    "limit-test=20000 num-epoch=16 optimizer=adamw",
+            },
+            "smoke": {
+                "resnet8 digits, momentum":
+                    "network=resnet8 dataset=digits limit-train=64 limit-test=100 batch-size=16 momentum=0.9",
+                "gpt pydoc, AdamW":
+                    "network=gpt dataset=pydoc tokens=char embed-size=16 dropout=0 limit-train=6000 limit-test=700 "
+                    "batch-size=4 optimizer=adamw",
             },
         },
     ),

@@ -19,6 +19,7 @@ from cells import Cell, cells_of, parse  # noqa: E402
 from cluster import build_executor, threads_of  # noqa: E402
 from page import is_available, write_page  # noqa: E402
 from race import Race  # noqa: E402
+from regret import write_regret  # noqa: E402
 from report import (  # noqa: E402
     COST_COLUMNS,
     by_problem,
@@ -66,7 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--only", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
         help=f"of {', '.join(METHODS)} (default: the table's)")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
-        help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10")
+        help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
+        "image-root=DIR text-root=DIR give images and text their own")
     add("--target", type=number(float, 0), help="test accuracy (%%) or perplexity to reach (default: where fixed ends)")
     add("--highlight", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
         help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
@@ -81,6 +83,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.list and not args.table:
         parser.error(f"--table: choose from {', '.join(TABLES)}")
+    if args.table and args.preset not in TABLES[args.table].presets:
+        parser.error(f"--preset {args.preset}: {args.table} has only {' and '.join(TABLES[args.table].presets)}")
     if args.slurm_options and not args.slurm:
         parser.error("--slurm-option belongs to --slurm; leave it out")
     if args.open and not is_available():
@@ -205,6 +209,8 @@ def write_report(args: argparse.Namespace, race: Race, out: Path, command: str) 
         draw_t_val(out / "t_val.png", records, args.highlight)
         records = by_problem([record for record in records if record["method"] not in table.only_in_t_val])
     draw(out / "table.png", records, args.highlight)
+    if table.has_regret:
+        write_regret(out, race, records, args.highlight, command)
 
 
 if __name__ == "__main__":

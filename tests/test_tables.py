@@ -18,8 +18,9 @@ from cells import Cell, cells_of
 from cluster import build_executor
 from PIL import Image
 from race import CellRun, Race
-from report import by_problem, coloured, summarise
-from specs import KNOWS_ITS_LENGTH, METHODS, OLDER_NAMES, TABLES
+from regret import profiled, regrets_of, summaries_of, write_regret, zero_marks
+from report import by_problem, coloured, result_columns, summarise, write_markdown
+from specs import GRIDS, KNOWS_ITS_LENGTH, METHODS, OLDER_NAMES, TABLES, Table
 
 from utils import FolderLock
 
@@ -79,7 +80,8 @@ def check(tables, name, out, image_folder, every):
 
 
 NAMES = ["cifar10-resnet", "cifar100-wideresnet", "ptb-lstm2", "ptb-lstm3", "networks", "datasets", "imagenet",
-         "epochs", "t-val", "horizon", "horizon-text", "corruption", "label-noise", "sizes", "own"]
+         "epochs", "t-val", "horizon", "horizon-text", "corruption", "label-noise", "sizes",
+         "networks-measured", "full-size", "untuned", "own"]
 
 
 def test_every_table_is_tested_here(tables):
@@ -173,6 +175,127 @@ def test_a_run_serves_no_line_that_differs_in_more_than_its_length():
     assert [cell.num_epochs for cell in cells] == [60, 40, 25, 6] and all(cell.is_whole for cell in cells)
 
 
+def write_run(race, cell, metric, results, averaged=None, steps=0):
+    """A run folder whose epochs end with these results; `steps` were spent on measuring."""
+    folder = race.folder / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    header = f"epoch,lr,train_loss,{metric},{metric}_average,seconds"
+    rows = [f"{n},0.1,1.0,{value},{averaged or value},1.0" for n, value in enumerate(results, 1)]
+    (folder / "metrics.csv").write_text("\n".join([header, *rows]))
+    passes = 10 * cell.num_epochs + steps
+    (folder / "cost.json").write_text(json.dumps({
+        "steps_per_epoch": 10, "forward_passes": passes, "backward_passes": passes, "peak_memory_mib": 1,
+    }))
+    facts = {"hardware": {"gpu": None, "cpu": "a CPU", "threads": 1}, "commit": "abc", "versions": {"torch": "2"}}
+    (folder / "args.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture
+def two_problems(tmp_path):
+    """Images with momentum and text with AdamW, two epochs. The best cosines end at 60 % and at perplexity 50."""
+    methods = ["MLR-SNet (transferred, measured)", "cosine (measured)", "fixed"]
+    cells = cells_of(TABLES["untuned"], "smoke", 1, methods, {})
+    race = Race(cells, tmp_path)
+    accuracies = {"cosine 0.035": 50, "cosine 0.1": 60, "cosine 0.3": 40, "MLR-SNet (transferred, measured)": 59.5,
+                  "cosine (measured)": 63, "fixed": 52}
+    perplexities = {"cosine 0.0014": 100, "cosine 0.004": 55, "cosine 0.012": 50, "cosine (measured)": 51,
+                    "MLR-SNet (transferred, measured)": 60}
+    for cell in cells:
+        if cell.problem == "resnet8 digits":
+            averaged = 58 if cell.method == "fixed" else None
+            steps = 5 if "measured" in cell.method else 0
+            write_run(race, cell, "test_acc", [10, accuracies[cell.method]], averaged, steps)
+        elif cell.method == "fixed":
+            write_run(race, cell, "test_ppl", [70])  # it diverged in the second epoch
+        else:
+            write_run(race, cell, "test_ppl", [70, perplexities[cell.method]])
+        if cell.method == "cosine (measured)":
+            scale = 0.2 if cell.problem == "resnet8 digits" else 0.006
+            (tmp_path / cell.name / "lr_scale.json").write_text(json.dumps({"scale": scale}))
+    return race
+
+
+def test_regret_is_the_distance_from_the_best_cosine_of_the_grid(two_problems):
+    records = summarise(two_problems, None)
+    marks = zero_marks(records)
+    assert {group: mark["method"] for group, mark in marks.items()} == {
+        "resnet8 digits, momentum": "cosine 0.1", "gpt pydoc, AdamW": "cosine 0.012",
+    }
+    found = {(entry["method"], entry["weights"], entry["unit"]): entry["regret"] for entry in regrets_of(records)}
+    assert found["MLR-SNet (transferred, measured)", "live", "points"] == pytest.approx(0.5)
+    assert found["MLR-SNet (transferred, measured)", "live", "%"] == pytest.approx(20)
+    assert found["cosine (measured)", "live", "points"] == pytest.approx(-3)
+    assert found["cosine (measured)", "live", "%"] == pytest.approx(2)
+    assert found["fixed", "live", "points"] == 8 and found["fixed", "averaged", "points"] == 2
+
+
+def test_a_summary_of_regrets_counts_a_diverged_run_as_an_infinite_one(two_problems):
+    summaries = summaries_of(regrets_of(summarise(two_problems, None)))
+    best, *_, worst = [summary for summary in summaries if summary["weights"] == "live"]
+    assert best["method"] == "cosine (measured)" and best["median"] == pytest.approx(-0.5) and best["close"] == 0.5
+    assert best["worst %"] == pytest.approx(2) and best["relative_steps"] == pytest.approx((25 / 20 + 1) / 2)
+    assert worst["method"] == "fixed" and worst["diverged"] == 1 and worst["mean %"] == float("inf")
+    assert worst["mean points"] == 8 and worst["median"] == float("inf") and worst["close"] == 0
+
+
+def test_the_page_of_regrets_names_the_best_peaks_and_the_measured_rates(two_problems):
+    write_regret(two_problems.folder, two_problems, summarise(two_problems, None), [], "python tables.py")
+    page = (two_problems.folder / "regret.md").read_text()
+    assert "digits, momentum | 0.1 | 60.00 % | 0.2 | 2.00 |" in page
+    assert "AdamW | 0.012 (the end of the grid) | 50.00 | 0.006 | 0.50 |" in page
+    assert "| fixed | live | 8.00 | 8.00 | ∞ | ∞ | ∞ | 0 % | 1 | 1.00 |" in page and "commit abc" in page
+    assert (two_problems.folder / "regret.png").stat().st_size > 10_000
+
+
+def test_a_profile_shows_every_method_once_and_mlr_snet_first():
+    names = ["a", "b", "a", "MLR-SNet (transferred)", *"cdefgh"]
+    summaries = [{"method": name, "weights": f"{place}"} for place, name in enumerate(names)]
+    shown = profiled(summaries, [])
+    assert [summary["method"] for summary in shown] == ["MLR-SNet (transferred)", *"abcdefg"]
+    assert shown[1]["weights"] == "0" and [summary["method"] for summary in profiled(summaries, ["b"])] == ["b"]
+
+
+def test_the_peaks_of_a_grid_are_at_most_a_factor_of_3_apart():
+    for peaks in GRIDS.values():
+        values = [float(peak) for peak in peaks]
+        assert all(low < high <= 3.0001 * low for low, high in zip(values, values[1:], strict=False))
+
+
+def test_images_and_text_of_one_table_take_their_own_roots():
+    cells = cells_of(TABLES["untuned"], "desk", 1, ["fixed"], {"image-root": "a", "text-root": "b"})
+    roots = {(dict(cell.arguments)["dataset"], dict(cell.arguments)["data-root"]) for cell in cells}
+    assert roots == {("folder", "a"), ("digits", "a"), ("text", "b")}
+    assert not [flag for cell in cells for flag in cell.flags if flag in ("--image-root", "--text-root")]
+
+
+@pytest.mark.parametrize(("line", "lr"), [("network=resnet8 dataset=digits", "0.5"),
+                                          ("network=resnet8 dataset=digits momentum=0.9", "0.05"),
+                                          ("network=gpt dataset=pydoc optimizer=adamw", "0.005")])
+def test_a_constant_rate_is_that_of_the_optimizer(line, lr):
+    table = Table("title", ["cosine (constant)"], {"smoke": "num-epoch=2"}, {"smoke": {"line": line}})
+    (cell,) = cells_of(table, "smoke", 1, [], {})
+    assert cell.flags[cell.flags.index("--lr") + 1] == lr
+
+
+@pytest.mark.parametrize("name", ["untuned", "networks-measured", "full-size", "corruption", "label-noise", "sizes"])
+def test_the_scripts_accept_every_run_of_a_table_at_home(tables, tmp_path, name):
+    tables.check_cells(cells_of(TABLES[name], "desk", 1, [], {}))
+
+
+def test_under_label_noise_a_table_shows_the_accuracy_on_the_true_labels(tables, tmp_path):
+    cell = Cell("line", "fixed", 0, (("num-epoch", "1"), ("network", "resnet8"), ("dataset", "digits")), 1)
+    race = Race([cell], tmp_path)
+    write_run(race, cell, "test_acc", [50])
+    plain_records = summarise(race, None)
+    columns = "epoch,lr,train_loss,train_acc,train_clean_acc,test_acc,seconds"
+    (tmp_path / cell.name / "metrics.csv").write_text(f"{columns}\n1,0.1,1.0,70,44,50,1.0")
+    records = summarise(race, None)
+    write_markdown(tmp_path / "table.md", TABLES["own"], race, records, "python tables.py")
+    assert "| 50.00 | 50.00 | 70.00 | 44.00 |" in (tmp_path / "table.md").read_text()
+    assert "train_clean_acc_mean" in result_columns(records)
+    assert "train_clean_acc_mean" not in result_columns(plain_records)
+
+
 @pytest.mark.parametrize("table", ["cifar10-resnet-desk", "networks-desk", "horizon-desk", "horizon-text-desk",
                                    "wikitext-2-lstm2"])
 def test_committed_results_are_found_by_their_command(tables, table):
@@ -187,6 +310,7 @@ def test_every_spec_names_methods_and_lines_that_exist():
     assert set(OLDER_NAMES) <= set(METHODS) and not set(OLDER_NAMES.values()) & set(METHODS)
     for table in TABLES.values():
         named = [*table.methods, *table.text_methods, *table.only_in_t_val]
+        assert "smoke" in table.presets
         for line, numbers in table.published.items():
             assert line in table.lines["paper"]
             named += numbers
@@ -204,6 +328,7 @@ def test_a_table_says_what_its_data_and_network_are():
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--table", "horizon", "--set", "num-epoch=2"], "--set num-epoch: the lines of horizon differ in it"),
     (["--table", "networks", "--set", "network=resnet8"], "--set network: the lines of networks differ in it"),
+    (["--table", "untuned", "--preset", "paper"], "--preset paper: untuned has only desk and smoke"),
     (["--table", "own", "--set", "x"], "--set x: give NAME=VALUE"),
     (["--table", "own", "--set", "num-epoch=abc"], "--set num-epoch: 'abc' is not a number at least 1"),
     (["--table", "own", "--set", "num-epoch=3", "num-epoch=4"], "--set num-epoch: duplicate"),
