@@ -342,7 +342,8 @@ batches = [(images.double(), labels) for images, labels in tests.batches()]
 meta_loss = lambda: tests.loss_of(network, batches[0])
 net = torch.manual_seed(1) and tests.MLRSNet(8).double()
 schedule = tests.MetaMLRSNetLR(
-    optimizer, net, network, meta_loss, num_classes=10, num_epochs=1, steps_per_epoch=3, t_val=1, lr=0.1
+    optimizer, net, network, meta_loss, num_classes=10, num_epochs=1, steps_per_epoch=3, t_val=1, lr=0.1,
+    gamma="paper",
 )
 rates = tests.rates_of(optimizer)
 accumulation = int(sys.argv[3])
