@@ -833,7 +833,10 @@ class MLRSNetLR:
         if len(state["nets"]) != len(self.nets):
             raise ValueError(f"the state is of a schedule of {len(state['nets'])} nets, this one has {len(self.nets)}")
         for net, weights in zip(self.nets, state["nets"], strict=True):
-            net.load_state_dict(weights)
+            try:
+                net.load_state_dict(weights)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(f"the state holds nets of another layout ({' '.join(str(error).split())})") from None
         for name in self.counters:
             setattr(self, name, state[name])
         self.state = self.state.to(self.nets[0].layer3.weight)

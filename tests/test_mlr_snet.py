@@ -334,3 +334,43 @@ def test_a_scheduler_resumes_to_the_bit():
         first.step(loss)
     second.load_state_dict(first.state_dict())
     assert [(second.step(loss), second.get_last_lr())[1] for loss in losses[5:]] == expected[5:]
+
+
+def one_weight_sgd():
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, "10", 2.5, float("nan"), True, None])
+def test_a_number_of_classes_that_is_none_is_refused(num_classes):
+    with pytest.raises(ValueError, match="num_classes"):
+        MLRSNetLR(one_weight_sgd(), [MLRSNet()], num_classes, 2, 3)
+    with pytest.raises(ValueError, match="num_classes"):
+        lr_scale(2.3, num_classes)
+
+
+def test_a_vocabulary_of_one_word_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        MLRSNetLR(one_weight_sgd(), [MLRSNet()], 1, 2, 3, perplexity=True)
+
+
+def test_nets_of_different_sizes_are_refused_at_construction():
+    with pytest.raises(ValueError, match="different sizes"):
+        MLRSNetLR(one_weight_sgd(), [MLRSNet(50), MLRSNet(20)], 10, 2, 3)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "fewer nets", "missing weight", "other size"])
+def test_a_state_of_another_schedule_is_refused(damage):
+    schedule = MLRSNetLR(one_weight_sgd(), [MLRSNet(), MLRSNet()], 10, 2, 3)
+    state = schedule.state_dict()
+    if damage == "missing":
+        del state["gamma"]
+    elif damage == "unknown":
+        state["scale"] = 1.0
+    elif damage == "fewer nets":
+        state["nets"] = state["nets"][:1]
+    elif damage == "missing weight":
+        state["nets"] = [dict(list(weights.items())[1:]) for weights in state["nets"]]
+    else:
+        state["nets"] = [MLRSNet(20).state_dict()] * 2
+    with pytest.raises(ValueError, match="state"):
+        schedule.load_state_dict(state)
