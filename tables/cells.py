@@ -136,13 +136,13 @@ def _with_data_root(arguments: Arguments) -> Arguments:
 
 
 def grid_of(arguments: Arguments, preset: str) -> list[str]:
-    """The cosines whose best is the zero mark of a line with regrets; for a smoke, the three in the middle."""
+    """The cosines whose best is the zero mark of a line with regrets; for a smoke, the middle one."""
     optimizer = arguments.get("optimizer", "sgd").removesuffix("w")
     if float(arguments.get("momentum", 0)):
         optimizer = "momentum"
     peaks = GRIDS["text" if arguments["dataset"] in TEXTS else "images", optimizer]
     if preset == "smoke":
-        peaks = peaks[1:4]
+        peaks = [peaks[len(peaks) // 2]]
     return [f"cosine {peak}" for peak in peaks]
 
 

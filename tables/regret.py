@@ -182,7 +182,7 @@ def profiled(summaries: list[Record], highlight: Sequence[str]) -> list[Record]:
 def draw_profile(path: Path, summaries: list[Record], highlight: Sequence[str] = ()) -> None:
     """regret.png, a performance profile: the share of the problems on which a method's regret is at most x."""
     pyplot = pyplot_for_files()
-    figure, panel = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
     shown = profiled(summaries, highlight)
     labels = [f"{summary['method']}, {summary['weights']} weights" for summary in shown]
     finite = [value for summary in shown for value in summary["values"] if math.isfinite(value)]
@@ -196,6 +196,6 @@ def draw_profile(path: Path, summaries: list[Record], highlight: Sequence[str] =
         ylabel="share of the problems (%)",
     )
     panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    panel.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
