@@ -627,20 +627,20 @@ TABLES: dict[str, Table] = {
                     "momentum=0.9",
                 "resnet20 digits, momentum, 20 epochs": "network=resnet20 dataset=digits num-epoch=20 momentum=0.9",
                 "lstm2 text, words, SGD, 6 epochs":
-                    "network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=60000 "
-                    "limit-test=20000 num-epoch=6",
-                "lstm2 text, characters, AdamW, 12 epochs":
-                    "network=lstm2 dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=100000 "
-                    "limit-test=20000 num-epoch=12 optimizer=adamw",
+                    "network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
+                    "limit-test=10000 num-epoch=6",
+                "lstm2 text, characters, AdamW, 20 epochs":
+                    "network=lstm2 dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
+                    "limit-test=10000 num-epoch=20 optimizer=adamw",
                 "gpt text, words, AdamW, 6 epochs":
-                    "network=gpt dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=60000 "
-                    "limit-test=20000 num-epoch=6 optimizer=adamw",
+                    "network=gpt dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
+                    "limit-test=10000 num-epoch=6 optimizer=adamw",
                 "gpt text, characters, AdamW, 4 epochs":
-                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=100000 "
-                    "limit-test=20000 num-epoch=4 optimizer=adamw",
+                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
+                    "limit-test=10000 num-epoch=4 optimizer=adamw",
                 "gpt text, characters, AdamW, 16 epochs":
-                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=100000 "
-                    "limit-test=20000 num-epoch=16 optimizer=adamw",
+                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
+                    "limit-test=10000 num-epoch=16 optimizer=adamw",
             },
             "smoke": {
                 "resnet8 digits, momentum":
