@@ -1,7 +1,9 @@
 """The measured LR scale of a run: found before its first step, kept in its folder, and drawn."""
 
 import argparse
+import io
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,10 +11,11 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from data.files import ImageFileError
 from data.meta_stream import TrainStream
-from distributed import averaged_gradients, rank
+from distributed import averaged_gradients, is_lost_rank, rank
 from mlr_snet import MeasuredScale, Task, Trial, has_paper_scale, measure_lr_scale
-from utils import write_atomically
+from utils import first_line, is_out_of_memory, write_atomically
 
 FILE = "lr_scale.json"
 
@@ -23,6 +26,14 @@ class Measurement:
 
     result: MeasuredScale
     seconds: float
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.result.scale}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Check that the folder's file and the checkpoint agree. ValueError where they do not."""
+        if state["scale"] != self.result.scale:
+            raise ValueError(f"{FILE} holds the scale {self.result.scale:g}, the run began with {state['scale']:g}")
 
     def write(self, folder: Path) -> None:
         """lr_scale.json and lr_scale.png. Rank 0 alone writes."""
@@ -44,13 +55,21 @@ def read(folder: Path) -> Measurement:
 
 
 def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer) -> Measurement:
-    """Measure the LR scale of the run, or take it from the folder of a run that is resumed."""
+    """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
+
+    Raises ValueError, on all ranks alike, where the loss falls at no rate.
+    """
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
-    start = time.perf_counter()
-    with averaged_gradients(network):
-        num_steps = args.num_epoch * task.steps_per_epoch
-        result = measure_lr_scale(network, optimizer, TrainStream(task, network), num_steps, task.clip)
+    start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
+    try:
+        with averaged_gradients(network):
+            result = measure_lr_scale(network, optimizer, TrainStream(task, network), num_steps, task.clip)
+    except (ImageFileError, RuntimeError) as error:  # met by this rank alone, while the others wait in a collective
+        if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
+            raise
+        print(f"error: the LR scale could not be measured ({first_line(error)})", file=sys.stderr)
+        sys.exit(2)
     return Measurement(result, time.perf_counter() - start)
 
 
@@ -86,5 +105,7 @@ def draw(result: MeasuredScale, path: Path) -> None:
     right.set(ylim=(0, 1.6 * start), xlabel="step", ylabel="training loss (nats)", title="Cosine trials")
     for panel in (left, right):
         panel.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
     pyplot.close(figure)
+    write_atomically(path, image.getvalue())

@@ -621,6 +621,8 @@ class Trainer:
         }
         if average:
             parts["average"] = average
+        if measurement:
+            parts["measurement"] = measurement
         self.checkpoint = Checkpoint(args, task.fingerprint(), parts)
         self.lock = FolderLock(args.out)
         if rank() == 0:

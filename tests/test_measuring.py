@@ -34,7 +34,7 @@ def test_a_run_with_the_measured_scale_equals_one_that_is_given_the_number(tmp_p
     same(results(tmp_path / "measured"), results(tmp_path / "number"))
 
 
-@pytest.mark.parametrize("modality", [SHORT, [*TEXT, "--num-epoch", "2", "--limit-train", "10000"]])
+@pytest.mark.parametrize("modality", [SHORT, [*TEXT, "--num-epoch", "2", "--limit-train", "4000", "--limit-test", "500"]])
 def test_a_baseline_starts_at_the_measured_rate(tmp_path, capsys, modality):
     done = call(capsys, META_TEST, *modality, "--schedule", "fixed", "--lr", "measured", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -49,6 +49,10 @@ def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
     assert call(capsys, META_TEST, *MOMENTUM, "--out", out).returncode == 0
     monkeypatch.setattr(measuring, "measure_lr_scale", None)
     assert call(capsys, META_TEST, "--resume", "--out", out).returncode == 0
+    record = scale_of(out)
+    (out / "lr_scale.json").write_text(json.dumps(record | {"scale": 2 * record["scale"]}))
+    done = call(capsys, META_TEST, "--resume", "--out", out)
+    assert done.returncode == 2 and "the run began with" in done.stderr
     (out / "lr_scale.json").write_text("{}")
     done = call(capsys, META_TEST, "--resume", "--out", out)
     assert done.returncode == 2 and "lr_scale.json" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -56,7 +60,7 @@ def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
 
 def test_two_ranks_measure_the_scale_of_one_process(tmp_path):
     """A language model without dropout: no BatchNorm statistics that differ between the ranks."""
-    arguments = [*TEXT, "--num-epoch", "1", "--limit-train", "10000", "--dropout", "0", "--gamma", "measured"]
+    arguments = [*TEXT, "--num-epoch", "1", "--limit-train", "4000", "--dropout", "0", "--gamma", "measured"]
     command = [*TWO, META_TEST, *arguments, "--out", tmp_path / "two"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
