@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
 from baselines import twice_differentiable
-from data import PUBLISHED_CORRUPTED, STREAMED, TEXTS, build_task
+from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, STREAMED, TEXTS, build_task
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from data.files import ImageFileError
 from data.images import ImageTask
@@ -40,7 +40,7 @@ from distributed import (
 )
 from measuring import Measurement
 from mlr_snet import SHIPPED, Schedule, Step, train
-from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
+from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS, build_network
 from utils import (
     COSTS,
     ROOT,
@@ -83,61 +83,81 @@ TEXT_OPTIONS = ("seq_len", "tokens")
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that meta-train and meta-test share."""
-    add = parser.add_argument
+def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
+    """The flags of what is trained, which meta-train and meta-test share; `network` is the default."""
     positive = number(int, 1, 2**31 - 1)
-    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive,
-        help="epochs (default: 200; imagenet: 90; text: 150)")
-    add("--batch-size", "--batch_size", type=positive,
-        help="images or sequences per step, over all ranks (default: 128; text: 32)")
-    add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", help="of the network (default: sgd)")
-    add("--momentum", type=number(float, 0, 1), default=0.0, help="of SGD (default: 0)")
-    add("--wd", type=number(float, 0), help="weight decay of the network (default: 5e-4; text: 5e-6)")
-    add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
-        help="LR scale, the largest rate MLR-SNet can give: a number, the paper's formula, or measured by short "
-        "training before the run (default: auto, which is paper for SGD without momentum and measured for the rest)")
-    add("--data-root", type=Path, default=ROOT / "data" / "downloads", help="folder of the data, or for its download")
-    add("--limit-train", type=positive, metavar="N",
-        help="train on N class-balanced images, or on the first N tokens (default: all)")
-    add("--limit-test", type=positive, metavar="N",
-        help="test on N class-balanced images, or on the first N tokens (default: all)")
-    add("--out", type=folder, help="the run's folder (default: result/<network>_<dataset> beside the script)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and meta set (default: 0)")
-    add("--device", default="auto", help="auto, cpu, cuda or another that torch names (default: auto: cuda or cpu)")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network's forward pass (default: fp32)")
-    add("--average", action="store_true", help="also evaluate and save a running average of the weights")
-    add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"),
-        help="of the running average, per step (default: auto, which averages over about an epoch, 0.9 to 0.999)")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="cifar10", metavar="NAME",
+        help=f"images: {', '.join(IMAGES)}; text: {', '.join(TEXTS)}; digits and pydoc need no download "
+        "(default: cifar10)")
+    add("--data-root", type=Path, default=ROOT / "data" / "downloads", metavar="DIR",
+        help="the data, or where to download it (default: data/downloads)")
+    add("--limit-train", type=positive, metavar="N", help="use N class-balanced images, or the first N tokens")
+    add("--limit-test", type=positive, metavar="N", help="the same for testing")
+    add("--num-meta", type=number(int, 0, 2**31 - 1), metavar="N",
+        help="images to steer MLR-SNet or validate (default: meta-train 1000, meta-test 0)")
+    add("--image-size", type=positive, metavar="N",
+        help="resize to N×N pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
+    add("--workers", type=number(int, 0, 1000), metavar="N",
+        help="processes that read tinyimagenet or imagenet (default: cores, up to 8)")
+    add("--skip-bad-images", action="store_true", default=None, help="leave out unreadable files, and report them")
+    add("--corruption", metavar="NAME",
+        help=f"damage the training images: {', '.join(CORRUPTIONS)}; of "
+        "cifar10-c and cifar100-c the file")
+    add("--severity", type=number(int, 0, 5), metavar="N", help="of --corruption, 0 (none) to 5 (default: 3)")
+    add("--label-noise", type=number(float, 0, 1), metavar="RATE",
+        help="give this share of the training images a wrong label (default: 0)")
+    add("--noise-kind", choices=NOISE_KINDS, metavar="KIND",
+        help="uniform: any other class; flip: one other for each class; flip2: one of two (default: uniform)")
+    add("--tokens", choices=["word", "char"], metavar="UNIT", help="unit of the text: word or char (default: word)")
+    add("--seq-len", "--seq_len", type=positive, metavar="N", help="tokens per sequence (default: 35)")
+
+    add = parser.add_argument_group("network and optimizer").add_argument
+    add("--network", choices=NETWORKS, default=network, metavar="NAME",
+        help=f"images: {', '.join(IMAGE_NETWORKS)}; text: {', '.join(LANGUAGE_MODELS)} (default: {network})")
+    add("--embed-size", "--embed_size", type=positive, metavar="N",
+        help="width of a language model's embedding and hidden layers (default: 512)")
+    add("--dropout", type=number(float, 0, 1), metavar="RATE", help="of a language model (default: 0.5)")
     add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
-    add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
-    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", metavar="NAME",
+        help="sgd, adam or adamw (default: sgd)")
+    add("--momentum", type=number(float, 0, 1), default=0.0, metavar="RHO", help="of SGD (default: 0)")
+    add("--wd", type=number(float, 0), metavar="WD", help="weight decay (default: images 5e-4, text 5e-6)")
+    add("--average", action="store_true", help="also evaluate and save a running average of the weights")
+    add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"), metavar="RATE",
+        help="of the average per step, or auto: about an epoch's (default: auto)")
+
+
+def add_gamma(add: Callable[..., Any]) -> None:
+    """--gamma, for the group of flags whose add_argument is given."""
+    add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
+        metavar="GAMMA",
+        help="LR scale, the largest rate MLR-SNet can give: a number, paper (the paper's formula) or measured (by "
+        "short training before the run); auto is paper for SGD without momentum, else measured (default: auto)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the run and its device, which meta-train and meta-test share."""
+    positive = number(int, 1, 2**31 - 1)
+    add = parser.add_argument_group("run").add_argument
+    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive, metavar="N",
+        help="epochs (default: images 200, imagenet 90, text 150)")
+    add("--batch-size", "--batch_size", type=positive, metavar="N",
+        help="per step, over all ranks (default: images 128, text 32)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
+        help="of weights, data order and meta set (default: 0)")
+    add("--out", type=folder, metavar="DIR",
+        help="the run's folder (default: result/NETWORK_DATASET beside the script)")
     add("--resume", action="store_true", help="continue the run in --out with its own arguments")
-    images = parser.add_argument_group("images")
-    images.add_argument("--num-meta", type=number(int, 0, 2**31 - 1),
-                        help="training images held out to steer MLR-SNet or to validate (default: 1000; meta-test: 0)")
-    images.add_argument("--image-size", type=positive,
-                        help="resize to this many pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
-    images.add_argument("--workers", type=number(int, 0, 1000),
-                        help="processes that read tinyimagenet or imagenet (default: one per core, at most 8)")
-    images.add_argument("--skip-bad-images", action="store_true", default=None,
-                        help="leave out image files that cannot be read, and report them (default: stop at the first)")
-    corruption = parser.add_argument_group("corruption", "of the training images; meta and test images stay clean")
-    corruption.add_argument("--corruption", metavar="NAME",
-                            help=f"damage the images: {', '.join(CORRUPTIONS)}; of cifar10-c and cifar100-c the file "
-                            "to train on (default: none)")
-    corruption.add_argument("--severity", type=number(int, 0, 5), help="of --corruption, 0 (none) to 5 (default: 3)")
-    corruption.add_argument("--label-noise", type=number(float, 0, 1), metavar="RATE",
-                            help="give this share of the images a wrong label (default: 0)")
-    corruption.add_argument("--noise-kind", choices=NOISE_KINDS,
-                            help="wrong labels are any other class (uniform, the default), one other class for each "
-                            "class (flip), or one of two others (flip2)")
-    text = parser.add_argument_group("text")
-    text.add_argument("--seq-len", "--seq_len", type=positive, help="tokens per sequence (default: 35)")
-    text.add_argument("--tokens", choices=["word", "char"], help="unit of the text (default: word)")
-    text.add_argument("--embed-size", "--embed_size", type=positive,
-                      help="width of the language model's embedding and hidden layers (default: 512)")
-    text.add_argument("--dropout", type=number(float, 0, 1), help="of the language model (default: 0.5)")
+    add("--help", "-h", action="help", help="show this and exit")
+
+    add = parser.add_argument_group("device").add_argument
+    add("--device", default="auto", metavar="NAME",
+        help="cpu, cuda or another; auto is cuda where there is one (default: auto)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", metavar="TYPE",
+        help="of the forward pass, fp32 or bf16 (default: fp32)")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
 
 
 def parse_run_arguments(

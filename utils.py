@@ -104,11 +104,32 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error on rank 0 alone."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag by its first spelling alone; the others are the authors'."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, allow_abbrev=False)
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=24)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text = action.option_strings[0]
+        if action.nargs != 0:
+            text += f" {action.metavar}"
+        if action.nargs == "+":
+            text += " ..."
+        return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error on rank 0 alone.
+
+    `examples` are shown below the help. The usage names no flags, for all stand in their groups, --help too.
+    """
+
+    def __init__(self, description: str | None, examples: str):
+        super().__init__(
+            description=description, epilog=f"examples:\n{examples}", usage="%(prog)s [FLAG ...]", allow_abbrev=False,
+            add_help=False, formatter_class=HelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         if _is_first_rank():

@@ -8,29 +8,43 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
-from data import DATASETS, IMAGES  # noqa: E402
+from data import IMAGES  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from measuring import chosen_gamma, measure  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
-from models import NETWORKS  # noqa: E402
-from trainer import Trainer, add_run_arguments, build, build_average, net_files, parse_run_arguments  # noqa: E402
+from trainer import (  # noqa: E402
+    Trainer,
+    add_gamma,
+    add_run_arguments,
+    add_task_arguments,
+    build,
+    build_average,
+    net_files,
+    parse_run_arguments,
+)
 from utils import Parser, build_optimizer, number, number_or, user_errors  # noqa: E402
+
+EXAMPLES = """\
+  python meta-test/meta-test.py --network resnet20 --dataset digits --num-epoch 20 \\
+    --nets meta-train/result/resnet8_digits
+  python meta-test/meta-test.py --network shufflenetv2 --dataset cifar10 --schedule cosine --lr 0.5"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--network", choices=NETWORKS, default="shufflenetv2", help="(default: shufflenetv2)")
-    add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
-    add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", help="(default: mlr-snet)")
+    parser = Parser(__doc__, EXAMPLES)
+    add_task_arguments(parser, network="shufflenetv2")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", metavar="NAME",
+        help=f"mlr-snet, or a baseline: {', '.join(SCHEDULES)} (default: mlr-snet)")
     add("--nets", type=lambda text: text if text in SHIPPED else Path(text), nargs="+", default=["shipped"],
-        metavar="FILE", help="learned schedules that share the run in turn, one folder of a meta-train run, or "
-        "average: the shipped net that was learned at averaged weights (default: the three beside this script)")
-    add("--lr", type=number_or(number(float, 0, above=True), "measured"),
-        help="initial or peak rate of a baseline, or measured by short training before the run "
-        "(default: 0.1; val on SGD: 20; adam, adamw: 1e-3; schedule-free: 1 for sgd, "
-        "0.0025 for adamw; prodigy: 1, a factor)")
-    add("--beta", type=number(float, 0, above=True), help="step of hd and rtho on the rate (default: 1e-3; adam: 1e-7)")
+        metavar="FILE", help="learned schedules that share the run in turn, a meta-train run's folder, or average: the "
+        "shipped net learned at averaged weights (default: the three beside this script)")
+    add_gamma(add)
+    add("--lr", type=number_or(number(float, 0, above=True), "measured"), metavar="LR",
+        help="initial or peak rate of a baseline, or measured by short training before the run (default: 0.1; "
+        "val on sgd 20; adam, adamw 1e-3; schedule-free 1, on adamw 0.0025; prodigy 1, a factor)")
+    add("--beta", type=number(float, 0, above=True), metavar="BETA",
+        help="step of hd and rtho on the rate (default: 1e-3; adam 1e-7)")
     add_run_arguments(parser)
     args, given = parse_run_arguments(parser, SCRIPT, argv)
     if args.schedule in VALIDATING and args.dataset in IMAGES and not args.num_meta:

@@ -7,28 +7,42 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from data import DATASETS  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from measuring import chosen_gamma  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
-from models import NETWORKS  # noqa: E402
-from trainer import Trainer, add_run_arguments, build, build_average, parse_run_arguments  # noqa: E402
+from trainer import (  # noqa: E402
+    Trainer,
+    add_gamma,
+    add_run_arguments,
+    add_task_arguments,
+    build,
+    build_average,
+    parse_run_arguments,
+)
 from utils import Parser, build_optimizer, number, number_or, save, user_errors  # noqa: E402
+
+EXAMPLES = """\
+  python meta-train/meta-train.py --network resnet8 --dataset digits --num-meta 200 \\
+    --num-epoch 20 --t-val 1
+  python meta-train/meta-train.py --network lstm2 --dataset ptb"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--network", choices=NETWORKS, default="resnet", help="(default: resnet, which is ResNet-18)")
-    add("--dataset", choices=DATASETS, default="cifar10", help="(default: cifar10)")
-    add("--lr", type=number(float, 0, above=True), default=1e-3, help="of Adam on MLR-SNet (default: 1e-3)")
-    add("--t-val", "--t_val", type=number_or(number(int, 1), "auto"), default=300,
-        help="steps between updates of MLR-SNet; auto makes about 80 updates in the run (default: 300)")
-    add("--meta-point", choices=["lookahead", "average"], default="lookahead",
-        help="where the meta gradient is taken: one step ahead, or at the running average of the weights "
-        "(default: lookahead)")
-    add("--hidden-size", "--hidden_size", type=number(int, 2, 2**20), default=50, help="of MLR-SNet (default: 50)")
-    add("--num-layers", "--num_layers", type=number(int, 1, 100), default=1, help="of MLR-SNet (default: 1)")
+    parser = Parser(__doc__, EXAMPLES)
+    add_task_arguments(parser, network="resnet")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR",
+        help="of Adam on MLR-SNet (default: 1e-3)")
+    add("--t-val", "--t_val", type=number_or(number(int, 1), "auto"), default=300, metavar="N",
+        help="steps between updates of MLR-SNet, or auto: about 80 in the run (default: 300)")
+    add("--meta-point", choices=["lookahead", "average"], default="lookahead", metavar="POINT",
+        help="where the meta gradient is taken: lookahead (one step ahead) or average (at the running average of the "
+        "weights) (default: lookahead)")
+    add_gamma(add)
+    add("--hidden-size", "--hidden_size", type=number(int, 2, 2**20), default=50, metavar="N",
+        help="of MLR-SNet (default: 50)")
+    add("--num-layers", "--num_layers", type=number(int, 1, 100), default=1, metavar="N",
+        help="of MLR-SNet (default: 1)")
     add_run_arguments(parser)
     args, _ = parse_run_arguments(parser, SCRIPT, argv, num_meta=1000)
     if args.num_meta == 0:

@@ -1,4 +1,4 @@
-"""Rerun a table of the paper, or the same race on your own data: every schedule on equal terms, several seeds each."""
+"""Rerun a table of the paper, or race the schedules on your own data: equal terms, several seeds."""
 
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ from report import (  # noqa: E402
 )
 from specs import METHODS, OLDER_NAMES, TABLES  # noqa: E402
 
-from utils import FolderLock, number, user_errors  # noqa: E402
+from utils import FolderLock, Parser, number, user_errors  # noqa: E402
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "seed": "use --seeds N for the seeds 0 to N - 1",
@@ -56,28 +56,40 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+EXAMPLES = """\
+  python tables/tables.py --table cifar10-resnet --preset smoke --seeds 1 --only fixed cosine"""
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("--list", action="store_true", help="list the tables and exit")
-    add("--table", choices=TABLES, help="the table to run")
-    add("--preset", choices=["paper", "desk", "smoke"], default="desk",
-        help="the paper's setting, one for two cores and hours, or one for minutes without a download (default: desk)")
-    add("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, … of every run (default: 3)")
+    parser = Parser(__doc__, EXAMPLES)
+    add = parser.add_argument_group("table").add_argument
+    add("--list", action="store_true", help="say what the tables are and exit")
+    add("--table", choices=TABLES, metavar="NAME", help=f"one of {', '.join(TABLES)}")
+    add("--preset", choices=["paper", "desk", "smoke"], default="desk", metavar="NAME",
+        help="paper (the paper's setting), desk (two cores and hours) or smoke (minutes, without a download) "
+        "(default: desk)")
+    add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
     add("--only", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
         help=f"of {', '.join(METHODS)} (default: the table's)")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
         "image-root=DIR text-root=DIR give images and text their own")
-    add("--target", type=number(float, 0), help="test accuracy (%%) or perplexity to reach (default: where fixed ends)")
-    add("--highlight", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
-        help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
-    add("--jobs", type=number(int, 1), help="runs side by side on this machine, sharing its cores (default: 1)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--jobs", type=number(int, 1), metavar="N",
+        help="runs side by side on this machine, sharing its cores (default: 1)")
     add("--slurm", action="store_true", help="run the cells as jobs of a Slurm cluster (needs the package submitit)")
     add("--slurm-option", nargs="+", default=[], metavar="NAME=VALUE", dest="slurm_options",
         help="of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 minutes "
         "and 1 CPU); cluster=local runs them on this machine")
-    add("--out", type=folder, default=SCRIPT.parent / "result",
+    add("--help", "-h", action="help", help="show this and exit")
+
+    add = parser.add_argument_group("report").add_argument
+    add("--target", type=number(float, 0), metavar="RESULT",
+        help="test accuracy (%%) or perplexity to reach (default: where fixed ends)")
+    add("--highlight", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
+        help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
+    add("--out", type=folder, default=SCRIPT.parent / "result", metavar="DIR",
         help="folder of the tables (default: result beside this script)")
     add("--open", action="store_true", help="show the table's page in the browser (needs the package bokeh)")
     args = parser.parse_args(argv)
