@@ -34,7 +34,10 @@ def test_a_run_with_the_measured_scale_equals_one_that_is_given_the_number(tmp_p
     same(results(tmp_path / "measured"), results(tmp_path / "number"))
 
 
-@pytest.mark.parametrize("modality", [SHORT, [*TEXT, "--num-epoch", "2", "--limit-train", "4000", "--limit-test", "500"]])
+SHORT_TEXT = [*TEXT, "--num-epoch", "2", "--limit-train", "4000", "--limit-test", "500"]
+
+
+@pytest.mark.parametrize("modality", [SHORT, SHORT_TEXT])
 def test_a_baseline_starts_at_the_measured_rate(tmp_path, capsys, modality):
     done = call(capsys, META_TEST, *modality, "--schedule", "fixed", "--lr", "measured", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
