@@ -193,6 +193,20 @@ def _with_both_optimizers(dataset: str, networks: Sequence[str]) -> dict[str, st
 
 # Published numbers: test accuracy (%) or perplexity at the last epoch; ~ marks those read off plots.
 TABLES: dict[str, Table] = {
+    "first": Table(  # shows learning within two minutes: wrong labels keep the training loss from vanishing
+        title="A first look: digits with 40 % wrong training labels",
+        methods=["MLR-SNet (learning)", "fixed", "cosine"],
+        presets={
+            "paper": "num-epoch=15 num-meta=200 label-noise=0.4",
+            "desk": "num-epoch=15 num-meta=200 label-noise=0.4",
+            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64 label-noise=0.4",
+        },
+        lines={
+            "paper": {"resnet8 digits": "network=resnet8 dataset=digits"},
+            "desk": {"resnet8 digits": "network=resnet8 dataset=digits"},
+            "smoke": {"resnet8 digits": "network=resnet8 dataset=digits"},
+        },
+    ),
     "cifar10-resnet": Table(
         title="Meta-train stage on CIFAR-10",
         methods=STAGE,

@@ -81,7 +81,7 @@ def check(tables, name, out, image_folder, every):
 
 NAMES = ["cifar10-resnet", "cifar100-wideresnet", "ptb-lstm2", "ptb-lstm3", "networks", "datasets", "imagenet",
          "epochs", "t-val", "horizon", "horizon-text", "corruption", "label-noise", "sizes",
-         "networks-measured", "full-size", "untuned", "own"]
+         "networks-measured", "full-size", "untuned", "own", "first"]
 
 
 def test_every_table_is_tested_here(tables):
