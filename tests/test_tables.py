@@ -403,11 +403,17 @@ def test_a_run_that_diverges_ends_its_cell_and_not_the_table(tmp_path):
 
 
 def test_a_locked_folder_names_its_holder_and_is_free_after_kill_9(tmp_path):
-    code = f"import time; from utils import FolderLock; lock = FolderLock({str(tmp_path)!r}); lock.acquire(); "
-    code += "print('locked', flush=True); time.sleep(60)"
+    code = f"""
+import time
+from pathlib import Path
+from utils import FolderLock
+lock = FolderLock(Path({str(tmp_path)!r}))
+lock.acquire()
+print("locked", flush=True)
+time.sleep(60)"""
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
-    with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} \(.*\); wait for it or give another"):
+    with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} \(.*\); wait for it to end or give another"):
         FolderLock(tmp_path).acquire()
     holder.kill()
     holder.wait()
