@@ -413,7 +413,7 @@ print("locked", flush=True)
 time.sleep(60)"""
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
-    with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} \(.*\); wait for it to end or give another"):
+    with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} \(.*\); wait for it to end"):
         FolderLock(tmp_path).acquire()
     holder.kill()
     holder.wait()
