@@ -6,6 +6,8 @@ squared gradient norm along a run, min_t E‖∇f(w_t)‖², whose best known ra
 """
 
 import argparse
+import csv
+import io
 import math
 import shlex
 import sys
@@ -164,6 +166,16 @@ def write_table(
     write_atomically(path, "\n".join(lines).encode())
 
 
+def write_csv(path: Path, lengths: list[int], results: dict[str, list[Tensor]]) -> None:
+    """One row per schedule: its value for every length, its slope and the interval."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["schedule", *lengths, "slope", "slope_low", "slope_high"])
+    for name, runs in results.items():
+        writer.writerow([name, *[smallest(run) for run in runs], *slope_with_interval(lengths, runs)])
+    write_atomically(path, text.getvalue().encode())
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -183,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             results[name] = [squared_norms(problem, rate, length, args.seeds) for length in lengths]
         command = shlex.join(["python", "tables/convergence.py", *(argv if argv is not None else sys.argv[1:])])
         write_table(folder / "table.md", lengths, results, args, command)
+        write_csv(folder / "table.csv", lengths, results)
         draw(folder / "table.png", lengths, results)
     print((folder / "table.md").read_text())
     return 0

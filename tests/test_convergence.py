@@ -28,3 +28,5 @@ def test_the_smoke_preset_writes_a_table_and_a_picture_for_every_schedule(tmp_pa
     table = (tmp_path / "convergence-smoke" / "table.md").read_text()
     assert all(name in table for name in convergence.schedules(2))
     assert (tmp_path / "convergence-smoke" / "table.png").stat().st_size > 10_000
+    header, *rows = (tmp_path / "convergence-smoke" / "table.csv").read_text().splitlines()
+    assert header == "schedule,50,100,200,slope,slope_low,slope_high" and len(rows) == len(convergence.schedules(2))
