@@ -11,11 +11,12 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from command_line import is_out_of_memory
 from data.files import ImageFileError
 from data.meta_stream import TrainStream
 from distributed import averaged_gradients, is_lost_rank, rank
 from mlr_snet import MeasuredScale, Task, Trial, has_paper_scale, measure_lr_scale
-from utils import first_line, is_out_of_memory, write_atomically
+from utils import first_line, write_atomically
 
 FILE = "lr_scale.json"
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from averaging import Average, auto_decay, evaluating
 from baselines import twice_differentiable
+from command_line import Parser, end_with_launcher, folder, is_out_of_memory, number, number_or
 from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, STREAMED, TEXTS, build_task
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from data.files import ImageFileError
@@ -45,16 +46,10 @@ from utils import (
     COSTS,
     ROOT,
     FolderLock,
-    Parser,
     autocast,
     checksum,
     choose_algorithms,
-    end_with_launcher,
     first_line,
-    folder,
-    is_out_of_memory,
-    number,
-    number_or,
     peak_memory_mib,
     pick_device,
     plain,

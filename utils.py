@@ -1,26 +1,23 @@
-"""Device and precision, the optimizer, number types of the command line, files, and the provenance of a run."""
+"""Device and precision, the optimizer, files, and the provenance of a run."""
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import io
-import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from distributed import all_gather, rank, world_size
+from distributed import rank, world_size
 
 ROOT = Path(__file__).resolve().parent
 COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart; in cost.json
@@ -70,123 +67,6 @@ def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-# ---------------------------------------------------------------------------------------------- command line
-
-
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` in [low, high], or (low, high] with `above`."""
-    limits = f"{'above' if above else 'at least'} {low:g}"
-    if high < math.inf:
-        limits += f", at most {high}"
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-            is_finite = math.isfinite(value)
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}") from None
-        if not is_finite or value < low or value > high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
-        return value
-
-    return parse
-
-
-def number_or(parse: Callable[[str], Any], *words: str) -> Callable[[str], Any]:
-    """An argparse type: one of the words, or what `parse` takes."""
-    return lambda text: text if text in words else parse(text)
-
-
-def folder(text: str) -> Path:
-    """An argparse type: the path of a folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty path; give a folder")
-    return Path(text)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag by its first spelling alone; the others are the authors'."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=24)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        text = action.option_strings[0]
-        if action.nargs != 0:
-            text += f" {action.metavar}"
-        if action.nargs == "+":
-            text += " ..."
-        return text
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error on rank 0 alone.
-
-    `examples` are shown below the help. The usage names no flags, for all stand in their groups, --help too.
-    """
-
-    def __init__(self, description: str | None, examples: str):
-        super().__init__(
-            description=description, epilog=f"examples:\n{examples}", usage="%(prog)s [FLAG ...]", allow_abbrev=False,
-            add_help=False, formatter_class=HelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        if _is_first_rank():
-            super().error(message)
-        sys.exit(2)
-
-
-def _is_first_rank() -> bool:
-    """Whether this is rank 0, also before the ranks have connected."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2.
-
-    With several ranks, an error of one of them ends all, and is printed once. No collective may run inside.
-    """
-    mine = ""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        mine = " ".join(str(error).split())
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        mine = f"this does not fit in memory ({first_line(error)}); lower the sizes"
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    errors = [error for error in all_gather(mine) if error]
-    if errors:
-        if _is_first_rank():
-            print(f"{Path(sys.argv[0]).name}: error: {errors[0]}", file=sys.stderr)
-        sys.exit(2)
-
-
-def first_line(error: BaseException) -> str:
-    """What the error says, without torch's stack."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether sizes do not fit in memory, or in the integers that count it."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    words = ("allocate memory", "out of memory", "calculation overflow", "multiplication overflow", "buffer size")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-
-
-def end_with_launcher() -> None:
-    """Under torchrun on Linux: be stopped by SIGTERM when the launcher ends, so that no rank stays behind."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or sys.platform != "linux":
-        return
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -211,6 +91,11 @@ def save(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def first_line(error: BaseException) -> str:
+    """What the error says, without torch's stack; its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_text(path: str | Path) -> str:

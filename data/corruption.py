@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Generator, Tensor
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
-from .files import first_line
+from utils import first_line
+
 from .sampling import generator_for
 
 DEFAULT_SEVERITY = 3

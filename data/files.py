@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import resize
 
 from distributed import rank
+from utils import first_line
 
 from . import cache
 
@@ -153,8 +154,3 @@ def _available_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):
         return None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of the error's message, or its type if it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,8 +11,10 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.functional import resize
 
+from utils import first_line
+
 from .corruption import read_cifar_c
-from .files import check_memory, class_folders, decode, first_line
+from .files import check_memory, class_folders, decode
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 
@@ -56,7 +58,7 @@ def _steered_by_clean_images(images: Tensor, labels: Tensor, clean: ImageData, s
     """Training on these images, with a meta pool of ten clean training images of each class.
 
     The published images are damaged copies of CIFAR's test images, so training has seen what the test shows clean.
-    Source: the paper's protocol. Compare methods by it; its accuracies say nothing about unseen images.
+    Source: the abstract of the paper. Compare methods by it; its accuracies say nothing about unseen images.
     """
     everything = torch.arange(len(clean.train_labels))
     pool = balanced_sample(clean.train_labels, everything, 10 * clean.num_classes, generator_for(seed, 9))

@@ -15,9 +15,10 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from distributed import shard
+from utils import first_line
 
 from .corruption import Corruption
-from .files import ImageFileError, Samples, class_folders, first_line, read_image, readable
+from .files import ImageFileError, Samples, class_folders, read_image, readable
 from .images import Plan
 from .sampling import generator_for
 

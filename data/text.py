@@ -18,8 +18,7 @@ from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
 
 from distributed import Hidden, all_reduce_sum, shard, world_size
-
-from .files import first_line
+from utils import first_line
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")

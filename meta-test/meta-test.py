@@ -8,6 +8,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
+from command_line import Parser, number, number_or, user_errors  # noqa: E402
 from data import IMAGES  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from measuring import chosen_gamma, measure  # noqa: E402
@@ -22,7 +23,7 @@ from trainer import (  # noqa: E402
     net_files,
     parse_run_arguments,
 )
-from utils import Parser, build_optimizer, number, number_or, user_errors  # noqa: E402
+from utils import build_optimizer  # noqa: E402
 
 EXAMPLES = """\
   python meta-test/meta-test.py --network resnet20 --dataset digits --num-epoch 20 \\

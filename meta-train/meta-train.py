@@ -7,6 +7,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
+from command_line import Parser, number, number_or, user_errors  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from measuring import chosen_gamma  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
@@ -19,7 +20,7 @@ from trainer import (  # noqa: E402
     build_average,
     parse_run_arguments,
 )
-from utils import Parser, build_optimizer, number, number_or, save, user_errors  # noqa: E402
+from utils import build_optimizer, save  # noqa: E402
 
 EXAMPLES = """\
   python meta-train/meta-train.py --network resnet8 --dataset digits --num-meta 200 \\

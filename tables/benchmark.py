@@ -32,6 +32,7 @@ sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
 from averaging import Average, auto_decay  # noqa: E402
 from baselines import build_baseline  # noqa: E402
+from command_line import number, user_errors  # noqa: E402
 from data import IMAGES, build_task  # noqa: E402
 from data.images import ImageData, ImageTask  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
@@ -41,12 +42,10 @@ from utils import (  # noqa: E402
     autocast,
     build_optimizer,
     choose_algorithms,
-    number,
     peak_memory_mib,
     pick_device,
     provenance,
     read_text,
-    user_errors,
     write_atomically,
 )
 

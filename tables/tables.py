@@ -32,7 +32,8 @@ from report import (  # noqa: E402
 )
 from specs import METHODS, OLDER_NAMES, TABLES  # noqa: E402
 
-from utils import FolderLock, Parser, number, user_errors  # noqa: E402
+from command_line import Parser, number, user_errors  # noqa: E402
+from utils import FolderLock  # noqa: E402
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "seed": "use --seeds N for the seeds 0 to N - 1",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from utils import Parser
+from command_line import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 META_TRAIN = "meta-train/meta-train.py"
