@@ -89,7 +89,7 @@ def test_every_table_is_tested_here(tables):
 
 
 # --slow runs the smoke of every table, with all its methods.
-@pytest.mark.parametrize("name", ["corruption", "label-noise", "sizes", "untuned"])
+@pytest.mark.parametrize("name", ["corruption", "label-noise", "sizes"])
 def test_the_smoke_of_a_table_runs_and_draws(tables, tmp_path, image_folder, name):
     check(tables, name, tmp_path, image_folder, every=False)
 
