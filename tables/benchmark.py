@@ -443,7 +443,7 @@ def markdown(record: dict[str, Any], command: str) -> str:
         "ratios are taken round by round.", "",
     ]
     for name, measurement in record["measurements"].items():
-        numbers = measurement["figures"]
+        numbers = measurement["results"]
         columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
         table = [["variant", *columns], ["---"] * (1 + len(columns))]
         table += [[variant, *(cell(column, row.get(column)) for column in columns)] for variant, row in numbers.items()]
@@ -489,7 +489,7 @@ def measure(setting: Setting, command: str) -> dict[str, Any]:
         print(f"measuring {name}", file=sys.stderr)
         how, rows = MEASUREMENTS[name](setting)
         numbers = {key: {column: summary(values) for column, values in row.items()} for key, row in rows.items()}
-        record["measurements"][name] = {"how": how, "rounds": rounds_of(name, args), "figures": numbers}
+        record["measurements"][name] = {"how": how, "rounds": rounds_of(name, args), "results": numbers}
         write_atomically(args.out / "benchmark.json", json.dumps(record, indent=1).encode())
         write_atomically(args.out / "benchmark.md", markdown(record, command).encode())
     return record

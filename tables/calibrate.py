@@ -252,7 +252,7 @@ def split(inputs: Tensor, targets: Tensor, num_train: int, num_outputs: int, val
 
 
 def batch_indices(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices without end, every lap in another order."""
+    """Batches of indices without end, every pass in another order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (batch for batch in torch.randperm(size, generator=generator).split(batch_size)

@@ -53,6 +53,8 @@ ALLOWED = {
     "PyTorch 2.6": "a requirement",
     "about 80 updates": "what --t-val auto aims at",
     "200 epochs, has not been run": "the paper's setting",
+    "182 kills, 38 of them": "counted by tests/test_faults.py --slow",
+    "236 bad inputs": "counted by tests/test_faults.py",
     "32 seeds": "what convergence.py runs by default",
     "150 training steps": "the budget of measure_lr_scale",
 }

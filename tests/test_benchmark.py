@@ -73,7 +73,7 @@ def test_every_figure_comes_with_its_rounds_and_quartiles(record):
     measurements = record[0]["measurements"]
     assert list(measurements) == IN_THIS_PROCESS
     for measurement in measurements.values():
-        for row in measurement["figures"].values():
+        for row in measurement["results"].values():
             for figure in row.values():
                 low, high = figure["quartiles"]
                 assert len(figure["rounds"]) == 2 and low <= figure["median"] <= high
@@ -81,7 +81,7 @@ def test_every_figure_comes_with_its_rounds_and_quartiles(record):
 
 def test_ratios_are_positive_and_taken_to_the_first_variant(record):
     for name in ("meta-step", "epoch", "precision", "input"):
-        rows = list(record[0]["measurements"][name]["figures"].values())
+        rows = list(record[0]["measurements"][name]["results"].values())
         assert rows[0]["ratio"]["rounds"] == [1, 1]
         assert all(min(row["ratio"]["rounds"]) > 0 for row in rows)
 
@@ -107,8 +107,8 @@ def test_a_fresh_process_answers_with_the_memory_of_one_variant(tmp_path):
 def test_the_memory_of_every_variant_is_measured_from_any_folder(tmp_path):
     done = run("--only", "memory", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "here" / "benchmark.json").read_text())["measurements"]["memory"]["figures"]
-    assert list(figures) == list(STEPS) and all(min(row["ratio"]["rounds"]) > 0 for row in figures.values())
+    results = json.loads((tmp_path / "here" / "benchmark.json").read_text())["measurements"]["memory"]["results"]
+    assert list(results) == list(STEPS) and all(min(row["ratio"]["rounds"]) > 0 for row in results.values())
 
 
 @pytest.mark.parametrize(
