@@ -97,7 +97,7 @@ class CellRun:
         with tempfile.TemporaryFile("w+") as errors:  # a pipe would break a run that outlives this process
             self.process = subprocess.Popen(
                 [*command, "--out", str(self.folder)], stdout=subprocess.DEVNULL, stderr=errors,
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                env={"OMP_NUM_THREADS": str(self.threads), **os.environ},  # which may set it, too
                 start_new_session=True,  # a Ctrl-C reaches the run through stop() alone
             )
             if self.stopped:  # while it was being started

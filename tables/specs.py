@@ -522,7 +522,8 @@ TABLES: dict[str, Table] = {
         methods=ROBUST,
         presets={  # the meta images have their true labels
             "paper": "num-epoch=200",
-            "desk": f"num-epoch=30 limit-train=2500 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM}",
+            # so few images can be memorised
+            "desk": f"num-epoch=40 limit-train=1000 batch-size=32 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM}",
             "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
         },
         lines={
