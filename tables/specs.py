@@ -609,47 +609,42 @@ TABLES: dict[str, Table] = {
         presets={"desk": "average=", "smoke": "average= num-epoch=2"},
         lines={
             "desk": {
-                "resnet8 folder, 24 pixels, 5,000 images, SGD, 12 epochs":
-                    "network=resnet8 dataset=folder image-size=24 limit-train=5000 limit-test=2000 num-epoch=12",
-                "resnet8 folder, 24 pixels, 5,000 images, momentum, 4 epochs":
-                    "network=resnet8 dataset=folder image-size=24 limit-train=5000 limit-test=2000 num-epoch=4 "
-                    "momentum=0.9",
-                "resnet8 folder, 24 pixels, 5,000 images, momentum, 16 epochs":
-                    "network=resnet8 dataset=folder image-size=24 limit-train=5000 limit-test=2000 num-epoch=16 "
-                    "momentum=0.9",
-                "resnet8 folder, 32 pixels, 10,000 images, AdamW, 4 epochs":
-                    "network=resnet8 dataset=folder image-size=32 limit-train=10000 limit-test=2000 num-epoch=4 "
-                    "optimizer=adamw",
-                "resnet20 folder, 16 pixels, 2,500 images, momentum, 20 epochs":
-                    "network=resnet20 dataset=folder image-size=16 limit-train=2500 limit-test=2000 num-epoch=20 "
-                    "momentum=0.9",
-                "resnet20 folder, 32 pixels, 2,500 images, AdamW, 6 epochs":
-                    "network=resnet20 dataset=folder image-size=32 limit-train=2500 limit-test=2000 num-epoch=6 "
-                    "optimizer=adamw",
-                "shufflenetv2 folder, 16 pixels, 2,500 images, momentum, 10 epochs":
-                    "network=shufflenetv2 dataset=folder image-size=16 limit-train=2500 limit-test=2000 num-epoch=10 "
-                    "momentum=0.9",
-                "shufflenetv2 folder, 16 pixels, 2,500 images, AdamW, 10 epochs":
-                    "network=shufflenetv2 dataset=folder image-size=16 limit-train=2500 limit-test=2000 num-epoch=10 "
-                    "optimizer=adamw",
-                "mobilenetv2 folder, 16 pixels, 1,000 images, SGD, 10 epochs":
-                    "network=mobilenetv2 dataset=folder image-size=16 limit-train=1000 limit-test=2000 num-epoch=10",
-                "vit folder, 16 pixels, 5,000 images, AdamW, 10 epochs":
-                    "network=vit dataset=folder image-size=16 limit-train=5000 limit-test=2000 num-epoch=10 "
-                    "optimizer=adamw",
-                "vit folder, 32 pixels, 2,500 images, momentum, 6 epochs":
-                    "network=vit dataset=folder image-size=32 limit-train=2500 limit-test=2000 num-epoch=6 "
-                    "momentum=0.9",
-                "resnet20 digits, momentum, 20 epochs": "network=resnet20 dataset=digits num-epoch=20 momentum=0.9",
+                "resnet8 folder, 16 pixels, 5,000 images, SGD, 6 epochs":
+                    "network=resnet8 dataset=folder image-size=16 limit-train=5000 limit-test=1000 num-epoch=6",
+                "resnet8 folder, 24 pixels, 2,500 images, momentum, 4 epochs":
+                    "network=resnet8 dataset=folder image-size=24 limit-train=2500 limit-test=1000 batch-size=64 "
+                    "num-epoch=4 momentum=0.9",
+                "resnet8 folder, 24 pixels, 2,500 images, momentum, 12 epochs":
+                    "network=resnet8 dataset=folder image-size=24 limit-train=2500 limit-test=1000 batch-size=64 "
+                    "num-epoch=12 momentum=0.9",
+                "resnet8 folder, 32 pixels, 2,500 images, AdamW, 4 epochs":
+                    "network=resnet8 dataset=folder image-size=32 limit-train=2500 limit-test=1000 batch-size=64 "
+                    "num-epoch=4 optimizer=adamw",
+                "resnet20 folder, 16 pixels, 2,500 images, momentum, 6 epochs":
+                    "network=resnet20 dataset=folder image-size=16 limit-train=2500 limit-test=1000 batch-size=64 "
+                    "num-epoch=6 momentum=0.9",
+                "resnet20 digits, AdamW, 12 epochs":
+                    "network=resnet20 dataset=digits num-epoch=12 optimizer=adamw",
+                "shufflenetv2 folder, 16 pixels, 1,000 images, momentum, 8 epochs":
+                    "network=shufflenetv2 dataset=folder image-size=16 limit-train=1000 limit-test=1000 "
+                    "batch-size=32 num-epoch=8 momentum=0.9",
+                "mobilenetv2 folder, 16 pixels, 1,000 images, SGD, 6 epochs":
+                    "network=mobilenetv2 dataset=folder image-size=16 limit-train=1000 limit-test=1000 "
+                    "batch-size=32 num-epoch=6",
+                "vit folder, 16 pixels, 2,500 images, AdamW, 8 epochs":
+                    "network=vit dataset=folder image-size=16 limit-train=2500 limit-test=1000 batch-size=64 "
+                    "num-epoch=8 optimizer=adamw",
+                "vit digits, momentum, 12 epochs":
+                    "network=vit dataset=digits num-epoch=12 momentum=0.9",
                 "lstm2 text, words, SGD, 6 epochs":
                     "network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
                     "limit-test=10000 num-epoch=6",
                 "lstm2 text, characters, AdamW, 20 epochs":
                     "network=lstm2 dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
                     "limit-test=10000 num-epoch=20 optimizer=adamw",
-                "gpt text, words, AdamW, 6 epochs":
+                "gpt text, words, AdamW, 4 epochs":
                     "network=gpt dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
-                    "limit-test=10000 num-epoch=6 optimizer=adamw",
+                    "limit-test=10000 num-epoch=4 optimizer=adamw",
                 "gpt text, characters, AdamW, 4 epochs":
                     "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
                     "limit-test=10000 num-epoch=4 optimizer=adamw",
