@@ -522,8 +522,8 @@ TABLES: dict[str, Table] = {
         methods=ROBUST,
         presets={  # the meta images have their true labels
             "paper": "num-epoch=200",
-            # so few images can be memorised
-            "desk": f"num-epoch=40 limit-train=1000 batch-size=32 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM}",
+            "desk":  # so few images can be memorised
+                f"num-epoch=40 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM} limit-train=1000 limit-test=1000 batch-size=32",
             "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
         },
         lines={
@@ -549,15 +549,15 @@ TABLES: dict[str, Table] = {
                 "resnet cifar10, 5,000 images": "network=resnet dataset=cifar10 limit-train=5000",
                 "resnet cifar10, 25,000 images": "network=resnet dataset=cifar10 limit-train=25000",
             },
-            "desk": {  # of similar cost; the steps differ: 480, 800, 1,000 and 1,176
-                "resnet8 cifar10, 1,000 images, 60 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=1000 num-epoch=60",
-                "resnet8 cifar10, 2,500 images, 40 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=2500 num-epoch=40",
-                "resnet8 cifar10, 5,000 images, 25 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=5000 num-epoch=25",
-                "resnet8 cifar10, 25,000 images, 6 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=25000 num-epoch=6",
+            "desk": {  # of similar cost; the steps differ: 240, 400, 480 and 784
+                "resnet8 cifar10, 1,000 images, 30 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=1000 num-epoch=30",
+                "resnet8 cifar10, 2,500 images, 20 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=2500 num-epoch=20",
+                "resnet8 cifar10, 5,000 images, 12 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=5000 num-epoch=12",
+                "resnet8 cifar10, 25,000 images, 4 epochs":
+                    "network=resnet8 dataset=cifar10 limit-train=25000 num-epoch=4",
             },
             "smoke": {
                 "resnet8 digits, 128 images": "network=resnet8 dataset=digits limit-train=128",
