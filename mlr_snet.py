@@ -575,42 +575,51 @@ def measure_lr_scale(
         lr_range = 0.6 · the rate at which the smoothed loss of an LR range test is lowest
         γ = 0.6 · the best of three peaks of short cosines: lr_usual / 0.6, lr_range / 0.6, and their geometric mean
 
-    next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
-    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
-    5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
-    several ranks all of them find the same scale. Where even the lowest peak blows up, a quarter and a sixteenth of it
-    replace the others. Raises ValueError when the loss falls at no rate.
+    The best has the lowest mean loss over its last third; where the usual peak is within the noise of the batches of
+    it, γ = lr_usual. next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it
+    has state_dict and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes
+    150 steps, or 5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit
+    for bit. With several ranks all of them find the same scale. Where even the lowest peak blows up, a quarter and a
+    sixteenth of it replace the others. Raises ValueError when the loss falls at no rate.
     Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     if num_steps < 1:
         raise ValueError(f"a run of {num_steps} steps: give its length, at least 1")
     usual = usual_lr(optimizer)
 
-    def train_at(kind: str, rates: list[float]) -> Trial:
+    def train_at(kind: str, rates: list[float], until: Callable[[list[float]], bool] = lambda losses: False) -> Trial:
+        losses: list[float] = []
         with _restored_run(network, optimizer, next_loss), torch.enable_grad():
-            return Trial(kind, rates, _losses_at(rates, network, optimizer, next_loss, max_norm))
+            while len(losses) < len(rates) and not until(losses):  # a host that asks after every step would wait
+                part = rates[len(losses) :][:10]
+                losses += _losses_at(part, network, optimizer, next_loss, max_norm)
+        return Trial(kind, rates[: len(losses)], losses)
 
     growth = 1e5 ** (1 / (RANGE_STEPS - 1))
-    range_test = train_at("range test", [usual / 1000 * growth**step for step in range(RANGE_STEPS)])
+    range_rates = [usual / 1000 * growth**step for step in range(RANGE_STEPS)]
+    range_test = train_at("range test", range_rates, until=_has_blown_up)
     lr_range = SHORT * _lr_of_lowest_loss(range_test)
-    trial_steps = (max(150, num_steps // 20) - RANGE_STEPS) // 3
+    trial_steps = (max(150, num_steps // 20) - len(range_test.rates)) // 3
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
 
     def train_from(lr: float) -> Trial:
         return train_at("cosine", [lr / SHORT * factor for factor in cosine])
 
     low, high = sorted((usual, lr_range))
-    trials = [train_from(low)]
-    blown_up = sum(_untrained_loss(range_test))
+    trials = {low: train_from(low)}
+    start, noise = _untrained_loss(range_test.losses)
     others = (math.sqrt(low * high), high)
-    if _final_loss(trials[0]) > blown_up:
+    if _final_loss(trials[low]) > start + noise:
         others = (low / 4, low / 16)
-    trials += [train_from(lr) for lr in others]
-    best = min(trials, key=_final_loss)
-    if _final_loss(best) > blown_up:
-        tried = ", ".join(f"{trial.rates[0]:.2g}" for trial in trials)
+    trials |= {lr: train_from(lr) for lr in others}
+    final = {lr: _final_loss(trial) for lr, trial in trials.items()}
+    scale = min(final, key=final.__getitem__)
+    if final[scale] > start + noise:
+        tried = ", ".join(f"{lr / SHORT:.2g}" for lr in trials)
         raise ValueError(f"the training loss grows at each of the peak learning rates {tried}; give a number instead")
-    return MeasuredScale(SHORT * best.rates[0], [range_test, *trials])
+    if final.get(usual, math.inf) - final[scale] < noise * math.sqrt(2 / _third(trial_steps)):
+        scale = usual
+    return MeasuredScale(scale, [range_test, *trials.values()])
 
 
 @contextmanager
@@ -656,25 +665,40 @@ def _losses_at(
     return all_reduce_mean(torch.stack(losses).double()).tolist()  # once, so that the host does not wait at every step
 
 
-def _untrained_loss(range_test: Trial) -> tuple[float, float]:
-    """Mean and noise of the loss while the rates are too small to matter."""
-    first = torch.tensor(range_test.losses[:UNTRAINED_STEPS], dtype=torch.float64)
+def _untrained_loss(losses: list[float]) -> tuple[float, float]:
+    """Mean and noise of the loss while the rates of the range test are too small to matter."""
+    first = torch.tensor(losses[:UNTRAINED_STEPS], dtype=torch.float64)
     return first.mean().item(), first.diff().std().item() / math.sqrt(2)
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """The running mean of the range test's losses, up to where it blows up.
+
+    That is once the loss has fallen and is again clearly worse than untrained: a network with BatchNorm can recover at
+    an absurd rate.
+    """
+    start, noise = _untrained_loss(losses)
+    smoothed: list[float] = []
+    total = weight = 0.0
+    for loss in losses:
+        total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
+        has_fallen = len(smoothed) > UNTRAINED_STEPS and min(smoothed) < start - noise
+        if not math.isfinite(total) or (has_fallen and total / weight > start + 3 * noise):
+            break
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _has_blown_up(losses: list[float]) -> bool:
+    return len(losses) > UNTRAINED_STEPS and len(_smoothed(losses)) < len(losses)
 
 
 def _lr_of_lowest_loss(range_test: Trial) -> float:
     """The rate at which the smoothed loss is lowest. ValueError if that is within the noise of the batches."""
-    start, noise = _untrained_loss(range_test)
+    start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
-    smoothed: list[float] = []
-    total = weight = 0.0
-    for loss in range_test.losses:
-        total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
-        has_fallen = len(smoothed) > UNTRAINED_STEPS and min(smoothed) < start - noise
-        if not math.isfinite(total) or (has_fallen and total / weight > start + 3 * noise):
-            break  # blown up: a network with BatchNorm can recover from that at an absurd rate
-        smoothed.append(total / weight)
+    smoothed = _smoothed(range_test.losses)
     lowest = min(smoothed)
     if lowest >= start - noise:
         low, high = range_test.rates[0], range_test.rates[-1]
@@ -687,8 +711,12 @@ def _lr_of_lowest_loss(range_test: Trial) -> float:
 
 def _final_loss(trial: Trial) -> float:
     """The mean loss of the last third; infinite if it blew up."""
-    last = trial.losses[-max(1, len(trial.losses) // 3) :]
+    last = trial.losses[-_third(len(trial.losses)) :]
     return sum(last) / len(last) if all(map(math.isfinite, trial.losses)) else math.inf
+
+
+def _third(num_steps: int) -> int:
+    return max(1, num_steps // 3)
 
 
 # ---------------------------------------------------------------------------------------------- the schedulers

@@ -4,8 +4,8 @@
 
 DIR holds cifar10/train/{class}/*.jpg, tinyshakespeare.txt and wikitext-2-valid.txt; digits come with scikit-learn.
 Every problem trains with a cosine over a grid of peaks a factor of 2 apart (its best is the target), and leaves
-traces: the losses of range tests and of short cosine trials. Every rule then reads the traces alone. What is in
-runs.jsonl is not run again.
+traces: the losses of range tests and of short cosine trials. Every rule then reads the traces alone. At last
+measure_lr_scale itself is judged on seeds that no trace has. What is in runs.jsonl is not run again.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from mlr_snet import measure_lr_scale
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
@@ -308,6 +309,41 @@ class Training:
         return loss, 100 * accuracy
 
 
+class LossStream:
+    """The loss of a Training's network on batch after batch, for measure_lr_scale."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.load_state_dict({"drawn": 0})
+
+    def __call__(self) -> Tensor:
+        batch = next(self.batches)
+        self.drawn += 1
+        inputs, targets = self.training.data.train
+        return cross_entropy(self.training.network, inputs[batch], targets[batch])[0]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        training = self.training
+        self.batches = batch_indices(len(training.data.train[0]), training.problem.batch_size, training.seed)
+        self.drawn = state["drawn"]
+        for _ in range(self.drawn):
+            next(self.batches)
+
+
+def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str, Any]:
+    """What measure_lr_scale says of a run; a scale of None where it refuses."""
+    training = Training(problem, data, seed)
+    optimizer = OPTIMIZERS[problem.optimizer](training.network.parameters())
+    try:
+        measured = measure_lr_scale(training.network, optimizer, LossStream(training), num_steps, problem.max_norm)
+    except ValueError as error:
+        return {"scale": None, "message": str(error)}
+    return {"scale": float(f"{measured.scale:.4g}"), "steps": measured.num_steps}
+
+
 def cosine(peak: float, num_steps: int) -> list[float]:
     return [peak * (1 + math.cos(math.pi * step / num_steps)) / 2 for step in range(num_steps)]
 
@@ -385,6 +421,12 @@ def run_traces(problem: Problem, data: Data, seeds: int, cache: Cache) -> None:
                       lambda run=training.run, rates=rates, stream=stream: {"losses": run(rates, stream)})
 
 
+def run_measure(problem: Problem, data: Data, num_steps: int, seeds: int, cache: Cache) -> None:
+    for seed in range(200, 200 + seeds):
+        cache.get(f"{problem.name} | measured {num_steps} | seed {seed}",
+                  lambda seed=seed: measure(problem, data, seed, num_steps))
+
+
 # ---------------------------------------------------------------------------------------------- rules
 
 # Rates are in octaves above the usual rate of the optimizer: log2(rate / usual).
@@ -443,6 +485,14 @@ def between(case: Case, c: float) -> float:
     return min(max(rate, min(0.0, high + c)), max(0.0, high + c))
 
 
+def unless_within_noise(case: Case, c: float) -> float:
+    """As between, but usual where its trial is within the noise of the batches of the best."""
+    high = case.range_rate(120)
+    best, usual = (case.final_loss(int(case.best_trial(peaks))) for peaks in ([-c, (high - c) / 2, high], [-c]))
+    noise = statistics.pstdev(case.ranges[120][:20]) * math.sqrt(2 / 5)
+    return 0.0 if usual - best < noise else between(case, c)
+
+
 def all_trials(case: Case) -> float:
     return case.best_trial(list(case.trials))
 
@@ -459,10 +509,11 @@ RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
         lambda case, c: statistics.median((0.0, case.range_rate(120) + c, all_trials(case) + c)),
     "c · best of three trials between usual and c · range test": between,
     "the same, c = 0.6": lambda case, c: between(case, math.log2(0.6)),
+    "the same, c = 0.6, usual unless beaten by more than the noise":
+        lambda case, c: unless_within_noise(case, math.log2(0.6)),
     "the same, c = 0.6, then ^¾ · usual^¼": lambda case, c: 0.75 * between(case, math.log2(0.6)),
     "the same, c = (15 / steps)^(1/6)": lambda case, c: between(case, math.log2(15 / case.num_steps) / 6),
 }
-CHOSEN = "the same, c = 0.6"
 
 
 def weighted_mean(values: dict[Case, float]) -> float:
@@ -519,53 +570,104 @@ def collect(cache: Cache, longest: int) -> list[Case]:
     return cases
 
 
-def report(cases: list[Case], out: Path) -> None:
-    """table.md: every rule, and the chosen one on every problem."""
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A problem, one run length, and what measure_lr_scale said, seed by seed: octaves, or None where it refused."""
+
+    case: Case  # of any seed of the traces
+    rates: list[float | None]
+
+    def within(self, factor: float) -> float:
+        """The share of seeds whose rate is that close to the best peak; a refusal is not."""
+        near = [rate is not None and abs(rate - self.case.best) <= math.log2(factor) for rate in self.rates]
+        return statistics.fmean(near)
+
+    @property
+    def known(self) -> list[float]:
+        return [rate for rate in self.rates if rate is not None]
+
+    @property
+    def regrets(self) -> list[float]:
+        return [self.case.regret(rate) for rate in self.known]
+
+
+def judge(cases: list[Case], cache: Cache) -> list[Judged]:
+    """Every problem and run length that measure_lr_scale has measured, in the order of the problems."""
+    measured: dict[tuple[str, int], list[float | None]] = {}
+    for row in cache.rows.values():
+        name, kind, *_ = row["key"].split(" | ")
+        if kind.startswith("measured"):
+            usual = next(USUAL[problem.optimizer] for problem in PROBLEMS if problem.name == name)
+            rate = math.log2(row["scale"] / usual) if row["scale"] else None
+            measured.setdefault((name, int(kind.split()[1])), []).append(rate)
+    found = {(case.problem.name, case.num_steps): case for case in cases}
+    judged = [Judged(found[key], rates) for key, rates in measured.items() if key in found]
+    return sorted(judged, key=lambda one: (PROBLEMS.index(one.case.problem), one.case.num_steps))
+
+
+def row_of(name: str, within: list[dict[Case, float]], regrets: dict[Case, list[float]]) -> str:
+    """A line of a table of rules."""
+    cells = [weighted_mean(values) for values in within]
+    for is_text in (False, True):
+        some = {case: values for case, values in regrets.items() if case.problem.is_text == is_text and values}
+        mean = weighted_mean({case: statistics.fmean(values) for case, values in some.items()}) if some else math.nan
+        cells += [mean, max(map(max, some.values()), default=math.nan)]
+    return f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
+
+
+def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
+    """table.md: the function itself, every rule, and the function on every problem."""
     record = provenance(argparse.Namespace())
     done = {(case.problem.name, case.num_steps) for case in cases}
     missing = [f"{problem.name} at {length}" for problem in PROBLEMS for length in problem.lengths
                if (problem.name, length) not in done]
+    seeds = {len(one.rates) for one in judged}
+    refused = [f"{one.case.problem.name} at {one.case.num_steps} ({len(one.rates) - len(one.known)} of "
+               f"{len(one.rates)} seeds)" for one in judged if len(one.known) < len(one.rates)]
+    head = "within ×2 | within ×3 | regret, images | worst | regret, text | worst |"
     lines = [
         "# Calibration of the measured LR scale", "",
-        "`python calibrate.py --data-root DIR`. Runs have seed 0, traces seeds from 0 (most problems: one seed). "
-        f"Commit {record['commit']}, torch {record['versions']['torch']}, one thread of {record['hardware']['cores']} "
-        f"cores, {record['hardware']['cpu']}.", "",
-        f"{len({case.problem.name for case in cases})} problems, {len(done)} "
-        f"with their run lengths, {len(cases)} with the seeds of the traces. Against the best cosine peak of a grid. "
-        "The constant c is fitted on all other problems. Regret in points of accuracy, and in % of perplexity.", "",
-        "| rule | std (decades) | within ×2 | within ×3 | regret, images | worst | regret, text | worst |",
-        "|---|---|---|---|---|---|---|---|",
+        "`python calibrate.py --data-root DIR`. Runs have seed 0, traces seeds 100, 101 and so on, and "
+        f"measure_lr_scale has seeds 200, 201 and so on. Commit {record['commit']}, torch "
+        f"{record['versions']['torch']}, one thread of {record['hardware']['cores']} cores, "
+        f"{record['hardware']['cpu']}.", "",
+        f"{len({case.problem.name for case in cases})} problems, {len(done)} with their run lengths. Against the best "
+        "cosine peak of a grid. Regret in points of accuracy, and in % of perplexity.", "",
+        "## The function", "",
+        f"measure_lr_scale on {' or '.join(map(str, sorted(seeds)))} seeds that no rule was chosen on; a refusal "
+        "counts as too far, and has no regret.", "", f"| | {head}", "|---|---|---|---|---|---|---|",
+        row_of("measure_lr_scale", [{one.case: one.within(factor) for one in judged} for factor in (2, 3)],
+               {one.case: one.regrets for one in judged}),
+        row_of("the usual rate",
+               [{one.case: float(abs(one.case.best) <= math.log2(factor)) for one in judged} for factor in (2, 3)],
+               {one.case: [one.case.regret(0.0)] for one in judged}),
+    ]
+    if refused:
+        lines += ["", f"Refused: {', '.join(refused)}."]
+    lines += ["", "| problem | steps | best peak | measured (median) | ratios | mean regret |", "|---" * 6 + "|"]
+    for one in judged:
+        case, usual = one.case, USUAL[one.case.problem.optimizer]
+        cells = "refused | | |"
+        if one.known:
+            ratios = [2 ** (rate - case.best) for rate in one.known]
+            cells = (f"{usual * 2 ** statistics.median(one.known):.2g} | {min(ratios):.2f} to {max(ratios):.2f} | "
+                     f"{statistics.fmean(one.regrets):.1f} |")
+        lines.append(f"| {case.problem.name} | {case.num_steps} | {usual * 2**case.best:.2g} | {cells}")
+    lines += [
+        "", "## The rules", "",
+        f"On the traces of {len(cases)} problems, lengths and seeds, with trials a factor of 2 apart; c is fitted on "
+        "all other problems.", "", f"| rule | std (decades) | {head}", "|---|---|---|---|---|---|---|---|",
     ]
     for name in RULES:
         rates = estimates(name, cases)
         errors = {case: rates[case] - case.best for case in cases}
-        cells = [math.log10(2) * math.sqrt(weighted_mean({case: error**2 for case, error in errors.items()}))]
-        for factor in (2, 3):
-            within = {case: float(abs(error) <= math.log2(factor)) for case, error in errors.items()}
-            cells.append(weighted_mean(within))
-        for is_text in (False, True):
-            regrets = {case: case.regret(rates[case]) for case in cases if case.problem.is_text == is_text}
-            cells += [weighted_mean(regrets), max(regrets.values())] if regrets else [math.nan, math.nan]
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
-    lines += ["", f"On every problem, the rule \"{CHOSEN}\" (median of the traces' seeds):", "",
-              "| problem | steps | best peak | measured | ratio | regret |", "|---|---|---|---|---|---|"]
-    rates = estimates(CHOSEN, cases)
-    groups: dict[tuple[str, int], list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case.problem.name, case.num_steps), []).append(case)
-    for (name, num_steps), group in sorted(groups.items(), key=lambda item: (list_index(item[0][0]), item[0][1])):
-        usual, best = USUAL[group[0].problem.optimizer], group[0].best
-        rate = statistics.median(rates[case] for case in group)
-        regret = statistics.fmean(case.regret(rates[case]) for case in group)
-        peaks = f"{usual * 2**best:.2g} | {usual * 2**rate:.2g} | {2 ** (rate - best):.2f}"
-        lines.append(f"| {name} | {num_steps} | {peaks} | {regret:.1f} |")
+        deviation = math.log10(2) * math.sqrt(weighted_mean({case: error**2 for case, error in errors.items()}))
+        within = [{case: float(abs(error) <= math.log2(factor)) for case, error in errors.items()} for factor in (2, 3)]
+        regrets = {case: [case.regret(rates[case])] for case in cases}
+        lines.append(row_of(f"{name} | {deviation:.2f}", within, regrets))
     if missing:
         lines += ["", f"Not run to the end yet (steps): {', '.join(missing)}."]
     write_atomically(out / "table.md", ("\n".join(lines) + "\n").encode())
-
-
-def list_index(name: str) -> int:
-    return [problem.name for problem in PROBLEMS].index(name)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -573,7 +675,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, required=True, help="folder with cifar10 and the texts")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of every run (default: 1)")
-    parser.add_argument("--trace-seeds", type=int, default=3, help="seeds of every trace (default: 3)")
+    parser.add_argument("--trace-seeds", type=int, default=5, help="seeds of every trace (default: 5)")
+    parser.add_argument("--judge-seeds", type=int, default=5, help="seeds of measure_lr_scale (default: 5)")
     parser.add_argument("--longest", type=int, default=3000, help="steps of the longest runs (default: 3000)")
     parser.add_argument("--only", default="", help="problems whose name contains this (default: all)")
     return parser.parse_args(argv)
@@ -593,8 +696,10 @@ def main(args: argparse.Namespace) -> None:
         run_traces(problem, loaded[key], args.trace_seeds, cache)
         for num_steps in (length for length in problem.lengths if length <= args.longest):
             run_grid(problem, loaded[key], num_steps, args.seeds, cache)
+            run_measure(problem, loaded[key], num_steps, args.judge_seeds, cache)
         print(problem.name, flush=True)
-    report(collect(cache, args.longest), args.out)
+    cases = collect(cache, args.longest)
+    report(cases, judge(cases, cache), args.out)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,40 @@ def test_lower_peaks_are_tried_where_the_lowest_blows_up():
     assert 0.2 * 2 / 50 < measured.scale < 2 / 50
 
 
+class NoisyLoss:
+    """A problem's loss with a noise that is the same for every trial."""
+
+    def __init__(self, problem):
+        self.problem, self.step = problem, 0
+
+    def __call__(self):
+        self.step += 1
+        return self.problem.loss() + 0.4 * math.cos(self.step**2)
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
+def test_the_usual_rate_stays_where_it_is_within_the_noise_of_the_batches_of_the_best():
+    problem = Quadratic(1.0)
+    optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
+    exact = measure_lr_scale(problem.network, optimizer, problem.loss, 1000).scale
+    noisy = measure_lr_scale(problem.network, optimizer, NoisyLoss(problem), 1000).scale
+    assert exact != usual_lr(optimizer) and noisy == usual_lr(optimizer)
+
+
+def test_a_range_test_ends_once_it_has_blown_up_and_leaves_its_steps_to_the_cosines():
+    problem = Quadratic(200.0)
+    optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
+    range_test, *cosines = measure_lr_scale(problem.network, optimizer, problem.loss, 1000).trials
+    steps = len(range_test.rates)
+    assert steps < RANGE_STEPS and range_test.losses[-1] > range_test.losses[0]
+    assert [len(trial.rates) for trial in cosines] == [(150 - steps) // 3] * 3
+
+
 def test_a_loss_that_grows_at_every_trial_rate_is_refused():
     problem = Quadratic(5000.0)
     optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
