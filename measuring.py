@@ -11,11 +11,12 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from baselines import lightning_lr, lightning_rates
 from command_line import is_out_of_memory
 from data.files import ImageFileError
 from data.meta_stream import TrainStream
 from distributed import averaged_gradients, is_lost_rank, rank
-from mlr_snet import MeasuredScale, Task, Trial, has_paper_scale, measure_lr_scale
+from mlr_snet import MeasuredScale, Task, Trial, has_paper_scale, measure_lr_scale, try_rates
 from utils import first_line, write_atomically
 
 FILE = "lr_scale.json"
@@ -55,17 +56,25 @@ def read(folder: Path) -> Measurement:
         raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
 
 
-def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer) -> Measurement:
+def measure(
+    args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer, by_lightning: bool = False
+) -> Measurement:
     """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
 
-    Raises ValueError, on all ranks alike, where the loss falls at no rate.
+    By measure_lr_scale, or as Lightning's LR finder does by default. Raises ValueError, on all ranks alike, where that
+    finds no rate.
     """
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
+    stream = TrainStream(task, network)
     try:
         with averaged_gradients(network):
-            result = measure_lr_scale(network, optimizer, TrainStream(task, network), num_steps, task.clip)
+            if by_lightning:
+                test = try_rates(network, optimizer, stream, "range test", lightning_rates(), task.clip)
+                result = MeasuredScale(lightning_lr(test.rates, test.losses), [test])
+            else:
+                result = measure_lr_scale(network, optimizer, stream, num_steps, task.clip)
     except (ImageFileError, RuntimeError) as error:  # met by this rank alone, while the others wait in a collective
         if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
             raise
@@ -96,15 +105,17 @@ def draw(result: MeasuredScale, path: Path) -> None:
 
     range_test, *cosines = result.trials
     start = sum(range_test.losses[:20]) / 20
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2 if cosines else 1, figsize=(9, 3.6), layout="constrained", squeeze=False)
+    left, right = panels[0, 0], panels[0, -1]
     left.plot(range_test.rates, range_test.losses, color="0.6", linewidth=1, label="training loss")
     left.axvline(result.scale, color="k", linestyle="--", label=f"measured scale {result.scale:.3g}")
     left.set(xscale="log", ylim=(0, 1.6 * start), xlabel="learning rate", ylabel="training loss (nats)",
              title="LR range test")
     for trial in cosines:
         right.plot(range(1, len(trial.losses) + 1), trial.losses, label=f"peak {trial.rates[0]:.3g}")
-    right.set(ylim=(0, 1.6 * start), xlabel="step", ylabel="training loss (nats)", title="Cosine trials")
-    for panel in (left, right):
+    if cosines:
+        right.set(ylim=(0, 1.6 * start), xlabel="step", ylabel="training loss (nats)", title="Cosine trials")
+    for panel in panels.flat:
         panel.legend(fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=120)

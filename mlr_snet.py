@@ -587,23 +587,16 @@ def measure_lr_scale(
         raise ValueError(f"a run of {num_steps} steps: give its length, at least 1")
     usual = usual_lr(optimizer)
 
-    def train_at(kind: str, rates: list[float], until: Callable[[list[float]], bool] = lambda losses: False) -> Trial:
-        losses: list[float] = []
-        with _restored_run(network, optimizer, next_loss), torch.enable_grad():
-            while len(losses) < len(rates) and not until(losses):  # a host that asks after every step would wait
-                part = rates[len(losses) :][:10]
-                losses += _losses_at(part, network, optimizer, next_loss, max_norm)
-        return Trial(kind, rates[: len(losses)], losses)
-
+    try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm)
     growth = 1e5 ** (1 / (RANGE_STEPS - 1))
     range_rates = [usual / 1000 * growth**step for step in range(RANGE_STEPS)]
-    range_test = train_at("range test", range_rates, until=_has_blown_up)
+    range_test = try_at("range test", range_rates, until=_has_blown_up)
     lr_range = SHORT * _lr_of_lowest_loss(range_test)
     trial_steps = (max(150, num_steps // 20) - len(range_test.rates)) // 3
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
 
     def train_from(lr: float) -> Trial:
-        return train_at("cosine", [lr / SHORT * factor for factor in cosine])
+        return try_at("cosine", [lr / SHORT * factor for factor in cosine])
 
     low, high = sorted((usual, lr_range))
     trials = {low: train_from(low)}
@@ -620,6 +613,26 @@ def measure_lr_scale(
     if final.get(usual, math.inf) - final[scale] < noise * math.sqrt(2 / _third(trial_steps)):
         scale = usual
     return MeasuredScale(scale, [range_test, *trials.values()])
+
+
+def try_rates(
+    network: nn.Module,
+    optimizer: Optimizer,
+    next_loss: Callable[[], Tensor],
+    kind: str,
+    rates: list[float],
+    max_norm: float | None = None,
+    until: Callable[[list[float]], bool] = lambda losses: False,
+) -> Trial:
+    """Train one step at each of the rates, then restore everything as measure_lr_scale does.
+
+    Ends early once `until` is true of the losses; it is asked every ten steps, since the host waits for its answer.
+    """
+    losses: list[float] = []
+    with _restored_run(network, optimizer, next_loss), torch.enable_grad():
+        while len(losses) < len(rates) and not until(losses):
+            losses += _losses_at(rates[len(losses) :][:10], network, optimizer, next_loss, max_norm)
+    return Trial(kind, rates[: len(losses)], losses)
 
 
 @contextmanager
@@ -694,19 +707,21 @@ def _has_blown_up(losses: list[float]) -> bool:
 
 
 def _lr_of_lowest_loss(range_test: Trial) -> float:
-    """The rate at which the smoothed loss is lowest. ValueError if that is within the noise of the batches."""
+    """The rate at which the smoothed loss is lowest. ValueError where it does not fall beyond the batches' noise."""
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
     smoothed = _smoothed(range_test.losses)
-    lowest = min(smoothed)
-    if lowest >= start - noise:
+    count = UNTRAINED_STEPS  # so that both means have the same standard error; 2.2 of their difference are asked
+    means = torch.tensor(range_test.losses[: len(smoothed)], dtype=torch.float64).unfold(0, count, 1).mean(1)
+    lowest = means.min().item()
+    if lowest > start - 2.2 * noise * math.sqrt(2 / count):
         low, high = range_test.rates[0], range_test.rates[-1]
         raise ValueError(
             f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {start:.4g} to "
-            f"{lowest:.4g} at best; check loss and data, or give the scale as a number"
+            f"{lowest:.4g} at best, as means of {count} steps; check loss and data, or give the scale as a number"
         )
-    return range_test.rates[smoothed.index(lowest)]
+    return range_test.rates[smoothed.index(min(smoothed))]
 
 
 def _final_loss(trial: Trial) -> float:

@@ -41,9 +41,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE", help="learned schedules that share the run in turn, a meta-train run's folder, or average: the "
         "shipped net learned at averaged weights (default: the three beside this script)")
     add_gamma(add)
-    add("--lr", type=number_or(number(float, 0, above=True), "measured"), metavar="LR",
-        help="initial or peak rate of a baseline, or measured by short training before the run (default: 0.1; "
-        "val on sgd 20; adam, adamw 1e-3; schedule-free 1, on adamw 0.0025; prodigy 1, a factor)")
+    add("--lr", type=number_or(number(float, 0, above=True), "measured", "lightning"), metavar="LR",
+        help="initial or peak rate of a baseline, or measured by short training before the run: measured as for "
+        "--gamma, lightning by Lightning's LR finder (default: 0.1; val on sgd 20; adam, adamw 1e-3; schedule-free 1, "
+        "on adamw 0.0025; prodigy 1, a factor)")
     add("--beta", type=number(float, 0, above=True), metavar="BETA",
         help="step of hd and rtho on the rate (default: 1e-3; adam 1e-7)")
     add_run_arguments(parser)
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--schedule {args.schedule} needs images to validate on; set some aside with --num-meta 1000")
     if args.lr is not None and args.schedule in ("mlr-snet", *RATELESS):
         parser.error(f"--schedule {args.schedule} has no initial rate; leave --lr out")
-    if args.lr == "measured" and args.schedule in RATE_FACTORS:
+    if args.lr in ("measured", "lightning") and args.schedule in RATE_FACTORS:
         parser.error(f"--schedule {args.schedule} finds its rate itself, and --lr multiplies it; leave it out")
     if args.beta is not None and args.schedule not in ("hd", "rtho"):
         parser.error(f"--schedule {args.schedule} has no --beta; leave it out")
@@ -77,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
             schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma)
         else:
             lr = args.lr
-            if lr == "measured":
+            if lr in ("measured", "lightning"):
                 plain = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-                measurement = measure(args, task, network, plain)
+                measurement = measure(args, task, network, plain, by_lightning=lr == "lightning")
                 lr = measurement.result.scale
             optimizer, schedule = build_baseline(
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,

@@ -35,6 +35,7 @@ GRIDS: dict[tuple[str, str], list[str]] = {
 GRID_METHODS = {f"cosine {peak}": float(peak) for peaks in GRIDS.values() for peak in peaks}
 DECAYING = ["cosine", "warmup-cosine", "linear", "wsd"]  # raced at three peaks: usual, measured and constant
 MEASURED = {f"{name} (measured)": f"meta-test --schedule {name} --lr measured" for name in DECAYING}
+FINDER = "cosine (Lightning finder)"
 CONSTANT = {f"{name} (constant)": f"meta-test --schedule {name}" for name in DECAYING}  # cells.py sets the rate
 
 METHODS: dict[str, str] = {  # the script and the arguments that make the method
@@ -69,6 +70,7 @@ METHODS: dict[str, str] = {  # the script and the arguments that make the method
     "linear": "meta-test --schedule linear",
     "wsd": "meta-test --schedule wsd",
     **MEASURED,
+    FINDER: "meta-test --schedule cosine --lr lightning",
     **CONSTANT,
     **{name: f"meta-test --schedule {name.replace(' ', ' --lr ')}" for name in GRID_METHODS},
     "sgdr": "meta-test --schedule sgdr",
@@ -111,7 +113,7 @@ OLDER_NAMES: dict[str, str] = {
 KNOWS_ITS_LENGTH = [
     "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, gamma 0.067)", "multistep", "cosine 0.5",
     "onecycle", "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)",
-    "fixed (measured)", "multistep (measured)", *DECAYING, *MEASURED, *CONSTANT, *GRID_METHODS,
+    "fixed (measured)", "multistep (measured)", *DECAYING, *MEASURED, *CONSTANT, FINDER, *GRID_METHODS,
 ]
 WITHOUT_MOMENTUM = ["adam", "adam+val", "hd-adam", "l4mom", "l4adam", "schedule-free-adamw", "prodigy"]
 OWN_DIRECTION = ["l4mom", "l4adam"]  # which stands in for the optimizer's
@@ -603,7 +605,8 @@ TABLES: dict[str, Table] = {
         title="No tuning: the regret against the best cosine of a grid",
         methods=[
             "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED,
-            *CONSTANT, "fixed", "plateau", "greedy", "adam", "hd", "l4adam", "schedule-free", "prodigy", "dadaptation",
+            *CONSTANT, FINDER, "fixed", "plateau", "greedy", "adam", "hd", "l4adam", "schedule-free", "prodigy",
+            "dadaptation",
         ],
         has_regret=True,
         presets={"desk": "average=", "smoke": "average= num-epoch=2"},

@@ -45,6 +45,16 @@ def test_a_baseline_starts_at_the_measured_rate(tmp_path, capsys, modality):
     assert rates == pytest.approx([scale_of(tmp_path / "run")["scale"]] * 2)
 
 
+def test_a_baseline_starts_at_the_rate_of_lightnings_finder(tmp_path, capsys):
+    pytest.importorskip("lightning", reason="needs the package lightning")
+    done = call(capsys, META_TEST, *SHORT, "--schedule", "fixed", "--lr", "lightning", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    record = scale_of(tmp_path / "run")
+    assert [trial["kind"] for trial in record["trials"]] == ["range test"] and record["num_steps"] == 100
+    assert record["scale"] in record["trials"][0]["rates"]
+    assert float(results(tmp_path / "run")[0][1].split(",")[1]) == pytest.approx(record["scale"])
+
+
 def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
     import measuring
 

@@ -173,7 +173,7 @@ def test_a_long_run_serves_the_shorter_lines():
 
 def test_a_run_serves_no_line_that_differs_in_more_than_its_length():
     cells = cells_of(TABLES["sizes"], "desk", 1, ["fixed"], {})
-    assert [cell.num_epochs for cell in cells] == [60, 40, 25, 6] and all(cell.is_whole for cell in cells)
+    assert [cell.num_epochs for cell in cells] == [30, 20, 12, 4] and all(cell.is_whole for cell in cells)
 
 
 def write_run(race, cell, metric, results, averaged=None, steps=0):
