@@ -573,14 +573,15 @@ def measure_lr_scale(
     """The LR scale of a run of num_steps steps, found by training on real batches at trial rates.
 
         lr_range = 0.6 · the rate at which the smoothed loss of an LR range test is lowest
-        γ = 0.6 · the best of three peaks of short cosines: lr_usual / 0.6, lr_range / 0.6, and their geometric mean
+        γ = 0.6 · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
 
-    The best has the lowest mean loss over its last third; where the usual peak is within the noise of the batches of
-    it, γ = lr_usual. next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it
-    has state_dict and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes
+    The three peaks are those of short cosines: lr_usual / 0.6, lr_range / 0.6 and their geometric mean. Their loss is
+    the mean over the last third, and s the standard error of a difference of two such means by the noise of the
+    batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others.
+    next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
+    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes
     150 steps, or 5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit
-    for bit. With several ranks all of them find the same scale. Where even the lowest peak blows up, a quarter and a
-    sixteenth of it replace the others. Raises ValueError when the loss falls at no rate.
+    for bit. With several ranks all of them find the same scale. Raises ValueError when the loss falls at no rate.
     Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     if num_steps < 1:
@@ -605,13 +606,14 @@ def measure_lr_scale(
     if _final_loss(trials[low]) > start + noise:
         others = (low / 4, low / 16)
     trials |= {lr: train_from(lr) for lr in others}
-    final = {lr: _final_loss(trial) for lr, trial in trials.items()}
-    scale = min(final, key=final.__getitem__)
-    if final[scale] > start + noise:
+    losses = {lr: _final_loss(trial) for lr, trial in trials.items()}
+    lowest = min(losses.values())
+    if lowest > start + noise:
         tried = ", ".join(f"{lr / SHORT:.2g}" for lr in trials)
         raise ValueError(f"the training loss grows at each of the peak learning rates {tried}; give a number instead")
-    if final.get(usual, math.inf) - final[scale] < noise * math.sqrt(2 / _third(trial_steps)):
-        scale = usual
+    error = noise * math.sqrt(2 / _third(trial_steps))
+    weights = {lr: math.exp((lowest - loss) / max(2 * error, 1e-12)) for lr, loss in losses.items()}
+    scale = math.exp(sum(weight * math.log(lr) for lr, weight in weights.items()) / sum(weights.values()))
     return MeasuredScale(scale, [range_test, *trials.values()])
 
 

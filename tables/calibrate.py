@@ -485,12 +485,14 @@ def between(case: Case, c: float) -> float:
     return min(max(rate, min(0.0, high + c)), max(0.0, high + c))
 
 
-def unless_within_noise(case: Case, c: float) -> float:
-    """As between, but usual where its trial is within the noise of the batches of the best."""
+def weighted_by_noise(case: Case, c: float) -> float:
+    """The mean of the three trials of between, weighted by how clearly the noise of the batches tells them apart."""
     high = case.range_rate(120)
-    best, usual = (case.final_loss(int(case.best_trial(peaks))) for peaks in ([-c, (high - c) / 2, high], [-c]))
-    noise = statistics.pstdev(case.ranges[120][:20]) * math.sqrt(2 / 5)
-    return 0.0 if usual - best < noise else between(case, c)
+    peaks = [case.best_trial([peak]) for peak in (-c, (high - c) / 2, high)]
+    losses = [case.final_loss(int(peak)) for peak in peaks]
+    error = statistics.pstdev(case.ranges[120][:20]) * math.sqrt(2 / 5)
+    weights = [math.exp((min(losses) - loss) / (2 * error)) if math.isfinite(loss) else 0.0 for loss in losses]
+    return sum(weight * peak for weight, peak in zip(weights, peaks, strict=True)) / (sum(weights) or 1) + c
 
 
 def all_trials(case: Case) -> float:
@@ -508,11 +510,11 @@ RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
     "median of usual, c · range test, c · trials":
         lambda case, c: statistics.median((0.0, case.range_rate(120) + c, all_trials(case) + c)),
     "c · best of three trials between usual and c · range test": between,
-    "the same, c = 0.6": lambda case, c: between(case, math.log2(0.6)),
-    "the same, c = 0.6, usual unless beaten by more than the noise":
-        lambda case, c: unless_within_noise(case, math.log2(0.6)),
-    "the same, c = 0.6, then ^¾ · usual^¼": lambda case, c: 0.75 * between(case, math.log2(0.6)),
-    "the same, c = (15 / steps)^(1/6)": lambda case, c: between(case, math.log2(15 / case.num_steps) / 6),
+    "best of the three, c = 0.6": lambda case, c: between(case, math.log2(0.6)),
+    "mean of the three, weighted by loss and noise": weighted_by_noise,
+    "the same, c = 0.6": lambda case, c: weighted_by_noise(case, math.log2(0.6)),
+    "best of the three, c = 0.6, then ^¾ · usual^¼": lambda case, c: 0.75 * between(case, math.log2(0.6)),
+    "best of the three, c = (15 / steps)^(1/6)": lambda case, c: between(case, math.log2(15 / case.num_steps) / 6),
 }
 
 
