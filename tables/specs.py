@@ -576,7 +576,7 @@ TABLES: dict[str, Table] = {
         ],
         presets={
             "paper": "num-epoch=200 average=",
-            "desk": "num-epoch=15 limit-train=5000 limit-test=2000 average=",
+            "desk": "num-epoch=8 limit-train=2560 limit-test=1000 image-size=16 average=",
             "smoke": "num-epoch=2 limit-train=64 limit-test=100 batch-size=16 average=",
         },
         lines={
