@@ -531,7 +531,7 @@ TABLES: dict[str, Table] = {
         lines={
             "paper": _with_label_noise("network=resnet dataset=cifar10", ("0.2", "0.4", "0.6"), ("uniform", "flip")),
             "desk": _with_label_noise("network=resnet8 dataset=cifar10", ("0.2", "0.4", "0.6"), ("uniform", "flip")),
-            "smoke": _with_label_noise("network=resnet8 dataset=digits", ("0.4",), ("uniform", "flip")),
+            "smoke": _with_label_noise("network=resnet8 dataset=digits", ("0.4",), ("flip",)),
         },
     ),
     "sizes": Table(

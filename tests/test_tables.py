@@ -145,7 +145,7 @@ def test_a_table_says_what_its_runs_say(tmp_path):
 
 
 @pytest.mark.parametrize("methods", [
-    ["MLR-SNet (learning, average, T_val 3)", "sgdr"],
+    ["sgdr"],
     pytest.param([name for name in METHODS if name not in KNOWS_ITS_LENGTH], marks=pytest.mark.slow),
 ])
 def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_one(tmp_path, methods):
