@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ from mlr_snet import (
 from utils import build_optimizer
 
 
-class Baseline:
+class Baseline(ABC):
     """What all schedules here share. `remembered` names the attributes that make up the state."""
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
@@ -50,9 +51,9 @@ class Baseline:
         self.initial_lr = max(group["initial_lr"] for group in optimizer.param_groups)
         self.num_steps = 0
 
+    @abstractmethod
     def step(self, loss: float | Tensor) -> None:
         """Set the rate of the step about to be taken. loss is this rank's training loss, 0-d."""
-        raise NotImplementedError
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Copies of the parameter groups' rates, as last set."""
@@ -92,9 +93,9 @@ class Baseline:
 class ClosedForm(Baseline):
     """A rate that depends on the time alone."""
 
+    @abstractmethod
     def factor(self, epoch: float) -> float:
         """The rate as a multiple of the initial rate; epoch is fractional and starts at 0."""
-        raise NotImplementedError
 
     def step(self, loss: float | Tensor) -> None:
         set_lr(self.optimizer, self.initial_lr * self.factor(self.num_steps / self.steps_per_epoch))
@@ -165,9 +166,9 @@ class Warmup(ClosedForm):
             return (step + 1) / (num_warmup + 1)  # never 0, which would waste a step
         return self.decay((step - num_warmup) / (num_steps - num_warmup))
 
+    @abstractmethod
     def decay(self, progress: float) -> float:
         """The factor after the warm-up; progress runs from 0 to 1."""
-        raise NotImplementedError
 
 
 class WarmupCosine(Warmup):

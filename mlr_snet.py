@@ -579,9 +579,9 @@ def measure_lr_scale(
     the mean over the last third, and s the standard error of a difference of two such means by the noise of the
     batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others.
     next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
-    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes
-    150 steps, or 5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit
-    for bit. With several ranks all of them find the same scale. Raises ValueError when the loss falls at no rate.
+    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
+    5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
+    several ranks all of them find the same scale. Raises ValueError when the loss falls at no rate.
     Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     if num_steps < 1:

@@ -636,7 +636,7 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
         f"{len({case.problem.name for case in cases})} problems, {len(done)} with their run lengths. Against the best "
         "cosine peak of a grid. Regret in points of accuracy, and in % of perplexity.", "",
         "## The function", "",
-        f"measure_lr_scale on {' or '.join(map(str, sorted(seeds)))} seeds that no rule was chosen on; a refusal "
+        f"measure_lr_scale on {' or '.join(map(str, sorted(seeds)))} seeds that no trace has; a refusal "
         "counts as too far, and has no regret.", "", f"| | {head}", "|---|---|---|---|---|---|---|",
         row_of("measure_lr_scale", [{one.case: one.within(factor) for one in judged} for factor in (2, 3)],
                {one.case: one.regrets for one in judged}),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, in_words
+from PIL import Image
 from race import Race
 from specs import Table
 
@@ -313,8 +314,15 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
                 _logarithmic(panel)
         row[0].set_title(members[0]["title"], loc="left")
         _legend(row[-1], [record["label"] for record in members if record["label"] not in chosen])
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     pyplot.close(figure)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """A PNG of 256 colours, which takes a third of the space."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110)
+    Image.open(image).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _draw_curve(panel: Any, record: Record, column: str, style: dict[str, Any], has_band: bool) -> None:
@@ -366,7 +374,7 @@ def draw_t_val(path: Path, records: list[Record], highlight: Sequence[str] = ())
         panel.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     others = list(dict.fromkeys(record["label"] for record in levels if record["label"] not in chosen))
     _legend(panels[0, -1], others)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     pyplot.close(figure)
 
 

@@ -302,7 +302,7 @@ def test_under_label_noise_a_table_shows_the_accuracy_on_the_true_labels(tables,
 
 
 @pytest.mark.parametrize("table", ["cifar10-resnet-desk", "networks-desk", "horizon-desk", "horizon-text-desk",
-                                   "wikitext-2-lstm2"])
+                                   "wikitext-2-lstm2", "corruption-desk", "label-noise-desk", "sizes-desk"])
 def test_committed_results_are_found_by_their_command(tables, table):
     folder = ROOT / "tables" / "results" / table
     command = shlex.split(re.search("Command: `(.*?)`", (folder / "table.md").read_text())[1])
