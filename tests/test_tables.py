@@ -301,6 +301,16 @@ def test_under_label_noise_a_table_shows_the_accuracy_on_the_true_labels(tables,
     assert "train_clean_acc_mean" not in result_columns(plain_records)
 
 
+@pytest.mark.parametrize(("wish", "threads"), [(None, "3"), ("1", "1")])
+def test_a_run_has_its_share_of_the_cores_unless_the_environment_says_otherwise(tmp_path, monkeypatch, wish, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wish:
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+    (tmp_path / "script.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
+    reason = CellRun("name", [str(tmp_path / "script.py")], tmp_path / "run", threads=3)()
+    assert reason.startswith(f"name: {threads} ")
+
+
 @pytest.mark.parametrize("table", ["cifar10-resnet-desk", "networks-desk", "horizon-desk", "horizon-text-desk",
                                    "wikitext-2-lstm2", "corruption-desk", "label-noise-desk", "sizes-desk"])
 def test_committed_results_are_found_by_their_command(tables, table):
