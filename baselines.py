@@ -545,25 +545,29 @@ def dadaptation(name: str, parameters: Any, lr: float, momentum: float, weight_d
 # ---------------------------------------------------------------------------------------------- Lightning's LR finder
 
 
-def lightning_rates(num_rates: int = 100, low: float = 1e-8, high: float = 1.0) -> list[float]:
-    """The rates of Lightning's range test, one a step: exponential from low to high, without the second one."""
-    return [low, *(low * (high / low) ** (number / num_rates) for number in range(2, num_rates + 1))]
+class LightningFinder:
+    """Lightning's LR finder: the rates of its range test, one a step, and the rate that it suggests after them.
 
-
-def lightning_lr(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The rate that Lightning's LR finder suggests: where the smoothed loss falls most steeply.
-
-    losses are the training losses at `rates`, step by step; what follows a divergence is ignored. ValueError where
-    there are too few of them, or the package lightning is missing.
+    As in its Trainer, the second rate is left out. ValueError where the package lightning is missing.
     """
-    finder_class = _from_package("lightning.pytorch.tuner.lr_finder", "_LRFinder", "Lightning's LR finder")
-    smoothed = _lightning_smoothed(losses)
-    finder = finder_class("exponential", rates[0], rates[-1], len(rates))
-    finder.results = {"lr": list(rates[: len(smoothed)]), "loss": smoothed}
-    suggestion = finder.suggestion()
-    if suggestion is None:
-        raise ValueError(f"Lightning's LR finder has no suggestion after {len(smoothed)} steps; give it more losses")
-    return suggestion
+
+    def __init__(self, num_rates: int = 100, low: float = 1e-8, high: float = 1.0):
+        self._finder_class = _from_package("lightning.pytorch.tuner.lr_finder", "_LRFinder", "Lightning's LR finder")
+        growth = high / low
+        self.rates = [low, *(low * growth ** (number / num_rates) for number in range(2, num_rates + 1))]
+
+    def suggest(self, losses: Sequence[float]) -> float:
+        """Where the smoothed loss falls most steeply; what follows a divergence is ignored.
+
+        losses are the training losses at the rates, step by step. ValueError where there are too few of them.
+        """
+        smoothed = _lightning_smoothed(losses)
+        finder = self._finder_class("exponential", self.rates[0], self.rates[-1], len(self.rates))
+        finder.results = {"lr": self.rates[: len(smoothed)], "loss": smoothed}
+        suggestion = finder.suggestion()
+        if suggestion is None:
+            raise ValueError(f"Lightning's LR finder has no suggestion after {len(smoothed)} steps; give more losses")
+        return suggestion
 
 
 def _lightning_smoothed(losses: Sequence[float]) -> list[float]:

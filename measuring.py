@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from baselines import lightning_lr, lightning_rates
+from baselines import LightningFinder
 from command_line import is_out_of_memory
 from data.files import ImageFileError
 from data.meta_stream import TrainStream
@@ -66,13 +66,14 @@ def measure(
     """
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
+    finder = LightningFinder() if by_lightning else None
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
     stream = TrainStream(task, network)
     try:
         with averaged_gradients(network):
-            if by_lightning:
-                test = try_rates(network, optimizer, stream, "range test", lightning_rates(), task.clip)
-                result = MeasuredScale(lightning_lr(test.rates, test.losses), [test])
+            if finder:
+                test = try_rates(network, optimizer, stream, "range test", finder.rates, task.clip)
+                result = MeasuredScale(finder.suggest(test.losses), [test])
             else:
                 result = measure_lr_scale(network, optimizer, stream, num_steps, task.clip)
     except (ImageFileError, RuntimeError) as error:  # met by this rank alone, while the others wait in a collective

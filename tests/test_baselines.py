@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import baselines
-from baselines import SCHEDULES, ClosedForm, Val, build_baseline, default_lr, lightning_lr, lightning_rates
+from baselines import SCHEDULES, ClosedForm, LightningFinder, Val, build_baseline, default_lr
 
 EPOCHS, STEPS = 75, 4
 
@@ -222,21 +222,21 @@ def test_lightnings_suggestion_is_that_of_its_trainer(high, tmp_path):
         enable_checkpointing=False, enable_model_summary=False,
     )
     finder = lightning.tuner.Tuner(trainer).lr_find(model, batches, max_lr=high)
-    rates = lightning_rates(high=high)
-    assert finder.results["lr"] == rates[: len(finder.results["lr"])]
-    assert lightning_lr(rates, model.losses) == finder.suggestion()
-    after_a_divergence = [0.0] * (len(rates) - len(model.losses))
-    assert lightning_lr(rates, model.losses + after_a_divergence) == finder.suggestion()
+    ours = LightningFinder(high=high)
+    assert finder.results["lr"] == ours.rates[: len(finder.results["lr"])]
+    assert ours.suggest(model.losses) == finder.suggestion()
+    after_a_divergence = [0.0] * (len(ours.rates) - len(model.losses))
+    assert ours.suggest(model.losses + after_a_divergence) == finder.suggestion()
 
 
 def test_too_few_losses_for_a_suggestion_are_refused():
     pytest.importorskip("lightning.pytorch", reason="needs the package lightning")
     with pytest.raises(ValueError, match="no suggestion after 5 steps"):
-        lightning_lr(lightning_rates()[:5], [1.0] * 5)
+        LightningFinder().suggest([1.0] * 5)
 
 
 def test_lightning_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch.tuner.lr_finder", None)
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(ValueError, match="Lightning's LR finder needs the package lightning: pip install lightning"):
-        lightning_lr([0.1, 0.2], [1.0, 1.0])
+        LightningFinder()
