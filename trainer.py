@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -642,11 +642,10 @@ class Trainer:
         self.lock = FolderLock(args.out)
         if rank() == 0:
             self.lock.acquire()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.lock.release)
             self._restore()
-        except BaseException:
-            self.lock.release()
-            raise
+            undo.pop_all()  # the run keeps its lock
 
     def _restore(self) -> None:
         """Continue from the checkpoint, where there is one. ValueError where results would be overwritten."""
