@@ -16,7 +16,16 @@ from command_line import is_out_of_memory
 from data.files import ImageFileError
 from data.meta_stream import TrainStream
 from distributed import averaged_gradients, is_lost_rank, rank
-from mlr_snet import MeasuredScale, Task, Trial, has_paper_scale, measure_lr_scale, try_rates
+from mlr_snet import (
+    MeasuredScale,
+    NoScaleError,
+    Task,
+    Trial,
+    has_paper_scale,
+    measure_lr_scale,
+    try_rates,
+    usual_lr,
+)
 from utils import first_line, write_atomically
 
 FILE = "lr_scale.json"
@@ -28,6 +37,7 @@ class Measurement:
 
     result: MeasuredScale
     seconds: float
+    refusal: str = ""  # why nothing could be measured; the scale is then the usual rate
 
     def state_dict(self) -> dict[str, float]:
         return {"scale": self.result.scale}
@@ -40,10 +50,11 @@ class Measurement:
     def write(self, folder: Path) -> None:
         """lr_scale.json and lr_scale.png. Rank 0 alone writes."""
         content = {"scale": self.result.scale, "num_steps": self.result.num_steps, "seconds": self.seconds,
+                   "refusal": self.refusal,
                    "trials": [asdict(trial) for trial in self.result.trials]}
         write_atomically(folder / FILE, json.dumps(content, indent=1).encode())
         if rank() == 0:
-            draw(self.result, folder / "lr_scale.png")
+            draw(self, folder / "lr_scale.png")
 
 
 def read(folder: Path) -> Measurement:
@@ -51,7 +62,8 @@ def read(folder: Path) -> Measurement:
     try:
         content = json.loads((folder / FILE).read_text())
         trials = [Trial(**trial) for trial in content["trials"]]
-        return Measurement(MeasuredScale(float(content["scale"]), trials), float(content["seconds"]))
+        result = MeasuredScale(float(content["scale"]), trials)
+        return Measurement(result, float(content["seconds"]), content.get("refusal", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
 
@@ -61,14 +73,14 @@ def measure(
 ) -> Measurement:
     """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
 
-    By measure_lr_scale, or as Lightning's LR finder does by default. Raises ValueError, on all ranks alike, where that
-    finds no rate.
+    By measure_lr_scale, or as Lightning's LR finder does by default. Where the loss falls at no rate, the scale is the
+    optimizer's usual rate, on all ranks alike, and a line says so. Raises ValueError for a loss that is not finite.
     """
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
     finder = LightningFinder() if by_lightning else None
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
-    stream = TrainStream(task, network)
+    stream, refusal = TrainStream(task, network), ""
     try:
         with averaged_gradients(network):
             if finder:
@@ -76,12 +88,16 @@ def measure(
                 result = MeasuredScale(finder.suggest(test.losses), [test])
             else:
                 result = measure_lr_scale(network, optimizer, stream, num_steps, task.clip)
+    except NoScaleError as error:
+        result, refusal = MeasuredScale(usual_lr(optimizer), error.trials), str(error)
+        if rank() == 0:
+            print(f"warning: the LR scale is the usual {result.scale:g}, not measured ({refusal})", file=sys.stderr)
     except (ImageFileError, RuntimeError) as error:  # met by this rank alone, while the others wait in a collective
         if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
             raise
         print(f"error: the LR scale could not be measured ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
-    return Measurement(result, time.perf_counter() - start)
+    return Measurement(result, time.perf_counter() - start, refusal)
 
 
 def chosen_gamma(
@@ -97,19 +113,20 @@ def chosen_gamma(
     return measurement.result.scale, measurement
 
 
-def draw(result: MeasuredScale, path: Path) -> None:
+def draw(measurement: Measurement, path: Path) -> None:
     """The loss against the rate of the range test, and the losses of the cosine trials."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    range_test, *cosines = result.trials
+    scale, (range_test, *cosines) = measurement.result.scale, measurement.result.trials
+    kind = "usual rate" if measurement.refusal else "measured scale"
     start = sum(range_test.losses[:20]) / 20
     figure, panels = pyplot.subplots(1, 2 if cosines else 1, figsize=(9, 3.6), layout="constrained", squeeze=False)
     left, right = panels[0, 0], panels[0, -1]
     left.plot(range_test.rates, range_test.losses, color="0.6", linewidth=1, label="training loss")
-    left.axvline(result.scale, color="k", linestyle="--", label=f"measured scale {result.scale:.3g}")
+    left.axvline(scale, color="k", linestyle="--", label=f"{kind} {scale:.3g}")
     left.set(xscale="log", ylim=(0, 1.6 * start), xlabel="learning rate", ylabel="training loss (nats)",
              title="LR range test")
     for trial in cosines:

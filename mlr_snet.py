@@ -529,6 +529,7 @@ def hypergradient(
 SHORT = 0.6  # the best peak of a run over the best rate of a test of few steps; fitted by tables/calibrate.py
 RANGE_STEPS = 120  # of the range test, which spans five decades
 UNTRAINED_STEPS = 20  # of them, at rates that are too small to matter
+CLEARLY = 3  # standard errors by which the best trial has to end below the untrained loss
 
 
 @dataclass
@@ -551,6 +552,14 @@ class MeasuredScale:
     def num_steps(self) -> int:
         """The training steps that measuring took."""
         return sum(len(trial.rates) for trial in self.trials)
+
+
+class NoScaleError(ValueError):
+    """The training loss falls at no trial rate. trials holds what was tried."""
+
+    def __init__(self, message: str, trials: list[Trial]):
+        super().__init__(message)
+        self.trials = trials
 
 
 def usual_lr(optimizer: Optimizer) -> float:
@@ -581,7 +590,8 @@ def measure_lr_scale(
     next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
     and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
     5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
-    several ranks all of them find the same scale. Raises ValueError when the loss falls at no rate.
+    several ranks all of them find the same scale. Raises NoScaleError, a ValueError, when the loss falls at no rate:
+    the best trial has to end three standard errors below the untrained loss. usual_lr(optimizer) is a fair guess then.
     Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     if num_steps < 1:
@@ -608,9 +618,12 @@ def measure_lr_scale(
     trials |= {lr: train_from(lr) for lr in others}
     losses = {lr: _final_loss(trial) for lr, trial in trials.items()}
     lowest = min(losses.values())
-    if lowest > start + noise:
+    if lowest > start - CLEARLY * noise * math.sqrt(1 / UNTRAINED_STEPS + 1 / _third(trial_steps)):
         tried = ", ".join(f"{lr / SHORT:.2g}" for lr in trials)
-        raise ValueError(f"the training loss grows at each of the peak learning rates {tried}; give a number instead")
+        raise NoScaleError(
+            f"the training loss falls clearly at none of the peak learning rates {tried}: from {start:.4g} to "
+            f"{lowest:.4g} at best; give the scale as a number", [range_test, *trials.values()],
+        )
     error = noise * math.sqrt(2 / _third(trial_steps))
     weights = {lr: math.exp((lowest - loss) / max(2 * error, 1e-12)) for lr, loss in losses.items()}
     scale = math.exp(sum(weight * math.log(lr) for lr, weight in weights.items()) / sum(weights.values()))
@@ -709,7 +722,7 @@ def _has_blown_up(losses: list[float]) -> bool:
 
 
 def _lr_of_lowest_loss(range_test: Trial) -> float:
-    """The rate at which the smoothed loss is lowest. ValueError where it does not fall beyond the batches' noise."""
+    """The rate at which the smoothed loss is lowest. NoScaleError where it does not fall beyond the batches' noise."""
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
@@ -719,9 +732,10 @@ def _lr_of_lowest_loss(range_test: Trial) -> float:
     lowest = means.min().item()
     if lowest > start - 2.2 * noise * math.sqrt(2 / count):
         low, high = range_test.rates[0], range_test.rates[-1]
-        raise ValueError(
+        raise NoScaleError(
             f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {start:.4g} to "
-            f"{lowest:.4g} at best, as means of {count} steps; check loss and data, or give the scale as a number"
+            f"{lowest:.4g} at best, as means of {count} steps; check loss and data, or give the scale as a number",
+            [range_test],
         )
     return range_test.rates[smoothed.index(min(smoothed))]
 

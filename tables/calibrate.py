@@ -5,7 +5,8 @@
 DIR holds cifar10/train/{class}/*.jpg, tinyshakespeare.txt and wikitext-2-valid.txt; digits come with scikit-learn.
 Every problem trains with a cosine over a grid of peaks a factor of 2 apart (its best is the target), and leaves
 traces: the losses of range tests and of short cosine trials. Every rule then reads the traces alone. At last
-measure_lr_scale itself is judged on seeds that no trace has. What is in runs.jsonl is not run again.
+measure_lr_scale itself is judged on seeds that no trace has; as in the scripts, the usual rate answers where it
+refuses. What is in runs.jsonl is not run again.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlr_snet import measure_lr_scale
+from mlr_snet import NoScaleError, measure_lr_scale
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
@@ -334,13 +335,13 @@ class LossStream:
 
 
 def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str, Any]:
-    """What measure_lr_scale says of a run; a scale of None where it refuses."""
+    """What measure_lr_scale says of a run, or where it refuses the usual rate and why."""
     training = Training(problem, data, seed)
     optimizer = OPTIMIZERS[problem.optimizer](training.network.parameters())
     try:
         measured = measure_lr_scale(training.network, optimizer, LossStream(training), num_steps, problem.max_norm)
-    except ValueError as error:
-        return {"scale": None, "message": str(error)}
+    except NoScaleError as error:
+        return {"scale": USUAL[problem.optimizer], "refusal": str(error)}
     return {"scale": float(f"{measured.scale:.4g}"), "steps": measured.num_steps}
 
 
@@ -422,7 +423,7 @@ def run_traces(problem: Problem, data: Data, seeds: int, cache: Cache) -> None:
 
 
 def run_measure(problem: Problem, data: Data, num_steps: int, seeds: int, cache: Cache) -> None:
-    for seed in range(200, 200 + seeds):
+    for seed in range(300, 300 + seeds):
         cache.get(f"{problem.name} | measured {num_steps} | seed {seed}",
                   lambda seed=seed: measure(problem, data, seed, num_steps))
 
@@ -574,36 +575,34 @@ def collect(cache: Cache, longest: int) -> list[Case]:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A problem, one run length, and what measure_lr_scale said, seed by seed: octaves, or None where it refused."""
+    """A problem, one run length, and the rates of measure_lr_scale in octaves, seed by seed."""
 
     case: Case  # of any seed of the traces
-    rates: list[float | None]
+    rates: list[float]
+    refusals: int  # of them
 
     def within(self, factor: float) -> float:
-        """The share of seeds whose rate is that close to the best peak; a refusal is not."""
-        near = [rate is not None and abs(rate - self.case.best) <= math.log2(factor) for rate in self.rates]
-        return statistics.fmean(near)
-
-    @property
-    def known(self) -> list[float]:
-        return [rate for rate in self.rates if rate is not None]
+        """The share of seeds whose rate is that close to the best peak."""
+        return statistics.fmean(abs(rate - self.case.best) <= math.log2(factor) for rate in self.rates)
 
     @property
     def regrets(self) -> list[float]:
-        return [self.case.regret(rate) for rate in self.known]
+        return [self.case.regret(rate) for rate in self.rates]
 
 
 def judge(cases: list[Case], cache: Cache) -> list[Judged]:
     """Every problem and run length that measure_lr_scale has measured, in the order of the problems."""
-    measured: dict[tuple[str, int], list[float | None]] = {}
+    measured: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in cache.rows.values():
         name, kind, *_ = row["key"].split(" | ")
         if kind.startswith("measured"):
-            usual = next(USUAL[problem.optimizer] for problem in PROBLEMS if problem.name == name)
-            rate = math.log2(row["scale"] / usual) if row["scale"] else None
-            measured.setdefault((name, int(kind.split()[1])), []).append(rate)
-    found = {(case.problem.name, case.num_steps): case for case in cases}
-    judged = [Judged(found[key], rates) for key, rates in measured.items() if key in found]
+            measured.setdefault((name, int(kind.split()[1])), []).append(row)
+    judged = []
+    for case in {(case.problem.name, case.num_steps): case for case in cases}.values():
+        rows = measured.get((case.problem.name, case.num_steps))
+        if rows:
+            rates = [math.log2(row["scale"] / USUAL[case.problem.optimizer]) for row in rows]
+            judged.append(Judged(case, rates, sum("refusal" in row for row in rows)))
     return sorted(judged, key=lambda one: (PROBLEMS.index(one.case.problem), one.case.num_steps))
 
 
@@ -624,20 +623,20 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
     missing = [f"{problem.name} at {length}" for problem in PROBLEMS for length in problem.lengths
                if (problem.name, length) not in done]
     seeds = {len(one.rates) for one in judged}
-    refused = [f"{one.case.problem.name} at {one.case.num_steps} ({len(one.rates) - len(one.known)} of "
-               f"{len(one.rates)} seeds)" for one in judged if len(one.known) < len(one.rates)]
+    refused = [f"{one.case.problem.name} at {one.case.num_steps} ({one.refusals} of {len(one.rates)} seeds)"
+               for one in judged if one.refusals]
     head = "within ×2 | within ×3 | regret, images | worst | regret, text | worst |"
     lines = [
         "# Calibration of the measured LR scale", "",
         "`python calibrate.py --data-root DIR`. Runs have seed 0, traces seeds 100, 101 and so on, and "
-        f"measure_lr_scale has seeds 200, 201 and so on. Commit {record['commit']}, torch "
+        f"measure_lr_scale has seeds 300, 301 and so on. Commit {record['commit']}, torch "
         f"{record['versions']['torch']}, one thread of {record['hardware']['cores']} cores, "
         f"{record['hardware']['cpu']}.", "",
         f"{len({case.problem.name for case in cases})} problems, {len(done)} with their run lengths. Against the best "
         "cosine peak of a grid. Regret in points of accuracy, and in % of perplexity.", "",
         "## The function", "",
-        f"measure_lr_scale on {' or '.join(map(str, sorted(seeds)))} seeds that no trace has; a refusal "
-        "counts as too far, and has no regret.", "", f"| | {head}", "|---|---|---|---|---|---|---|",
+        f"measure_lr_scale on {' or '.join(map(str, sorted(seeds)))} seeds that no trace has; the usual rate "
+        "answers a refusal.", "", f"| | {head}", "|---|---|---|---|---|---|---|",
         row_of("measure_lr_scale", [{one.case: one.within(factor) for one in judged} for factor in (2, 3)],
                {one.case: one.regrets for one in judged}),
         row_of("the usual rate",
@@ -649,12 +648,11 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
     lines += ["", "| problem | steps | best peak | measured (median) | ratios | mean regret |", "|---" * 6 + "|"]
     for one in judged:
         case, usual = one.case, USUAL[one.case.problem.optimizer]
-        cells = "refused | | |"
-        if one.known:
-            ratios = [2 ** (rate - case.best) for rate in one.known]
-            cells = (f"{usual * 2 ** statistics.median(one.known):.2g} | {min(ratios):.2f} to {max(ratios):.2f} | "
-                     f"{statistics.fmean(one.regrets):.1f} |")
-        lines.append(f"| {case.problem.name} | {case.num_steps} | {usual * 2**case.best:.2g} | {cells}")
+        ratios = [2 ** (rate - case.best) for rate in one.rates]
+        lines.append(
+            f"| {case.problem.name} | {case.num_steps} | {usual * 2**case.best:.2g} | "
+            f"{usual * 2 ** statistics.median(one.rates):.2g} | {min(ratios):.2f} to {max(ratios):.2f} | "
+            f"{statistics.fmean(one.regrets):.1f} |")
     lines += [
         "", "## The rules", "",
         f"On the traces of {len(cases)} problems, lengths and seeds, with trials a factor of 2 apart; c is fitted on "

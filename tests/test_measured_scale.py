@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mlr_snet import DIRECTIONS, RANGE_STEPS, MLRSNet, MLRSNetLR, measure_lr_scale, usual_lr
+import mlr_snet
+from mlr_snet import DIRECTIONS, RANGE_STEPS, MLRSNet, MLRSNetLR, NoScaleError, measure_lr_scale, usual_lr
 
 
 class Quadratic:
@@ -64,13 +65,13 @@ def test_a_range_test_ends_once_it_has_blown_up_and_leaves_its_steps_to_the_cosi
 def test_a_loss_that_grows_at_every_trial_rate_is_refused():
     problem = Quadratic(5000.0)
     optimizer = torch.optim.SGD(problem.network.parameters(), lr=1.0)
-    with pytest.raises(ValueError, match="grows at each of the peak learning rates|falls at no learning rate"):
+    with pytest.raises(ValueError, match="falls clearly at none of the peak learning rates|falls at no learning rate"):
         measure_lr_scale(problem.network, optimizer, problem.loss, 1000)
 
 
 def noisy_loss(network, generator):
     def next_loss():
-        inputs = torch.randn(16, 6, generator=generator)
+        inputs = torch.randn(128, 6, generator=generator)
         return nn.functional.cross_entropy(network(inputs), (inputs.sum(1) > 0).long())
 
     return next_loss
@@ -186,6 +187,15 @@ def test_a_loss_that_falls_at_no_rate_is_refused():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="falls at no learning rate"):
         measure_lr_scale(network, optimizer, lambda: 0 * network[0].weight.sum() + torch.rand(()), 100)
+
+
+def test_a_fall_within_the_noise_is_refused_and_the_trials_are_told(monkeypatch):
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    monkeypatch.setattr(mlr_snet, "CLEARLY", 100)
+    with pytest.raises(NoScaleError, match="falls clearly at none of the peak learning rates") as refusal:
+        measure_lr_scale(network, optimizer, noisy_loss(network, torch.Generator().manual_seed(0)), 100)
+    assert [trial.kind for trial in refusal.value.trials] == ["range test", *["cosine"] * 3]
 
 
 def test_a_loss_that_is_not_finite_is_refused():
