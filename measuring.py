@@ -110,7 +110,7 @@ def chosen_gamma(
     if gamma != "measured":
         return gamma, None
     measurement = measure(args, task, network, optimizer)
-    return measurement.result.scale, measurement
+    return measurement.result.gamma, measurement
 
 
 def draw(measurement: Measurement, path: Path) -> None:

@@ -543,10 +543,15 @@ class Trial:
 
 @dataclass
 class MeasuredScale:
-    """The scale that measure_lr_scale chose, and everything it tried."""
+    """The peak rate that measure_lr_scale chose, and everything it tried."""
 
-    scale: float
+    scale: float  # the peak rate: where a decaying schedule starts
     trials: list[Trial]
+
+    @property
+    def gamma(self) -> float:
+        """The γ of an MLR-SNet, twice the peak rate: an untrained net gives half of γ, and so starts at the peak."""
+        return 2 * self.scale
 
     @property
     def num_steps(self) -> int:
@@ -582,7 +587,7 @@ def measure_lr_scale(
     """The LR scale of a run of num_steps steps, found by training on real batches at trial rates.
 
         lr_range = 0.6 · the rate at which the smoothed loss of an LR range test is lowest
-        γ = 0.6 · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
+        scale = 0.6 · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
 
     The three peaks are those of short cosines: lr_usual / 0.6, lr_range / 0.6 and their geometric mean. Their loss is
     the mean over the last third, and s the standard error of a difference of two such means by the noise of the
@@ -758,7 +763,7 @@ class MLRSNetLR:
 
     The K nets share the run, one per K-th of the epochs (three: they change at E//3 and 2·(E//3)); the LSTM state
     carries over, and past the planned end the last net goes on. gamma is the LR scale: a number, such as
-    measure_lr_scale(...).scale, or "paper" for lr_scale of the first loss and, at every change of nets, of the mean
+    measure_lr_scale(...).gamma, or "paper" for lr_scale of the first loss and, at every change of nets, of the mean
     loss of the epoch before; "auto" is "paper" for SGD without momentum and refuses other optimizers. With
     perplexity=True (language models) num_classes is the size of the vocabulary, γ comes from exp(loss) and the net
     sees loss / ln(num_classes). Parameter groups keep the ratios of their initial rates; the largest gets the learned
@@ -797,7 +802,7 @@ class MLRSNetLR:
         if gamma == "auto" and not has_paper_scale(self.optimizer):
             raise ValueError(
                 "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
-                "gamma=measure_lr_scale(network, optimizer, next_loss, num_steps).scale, or gamma='paper'"
+                "gamma=measure_lr_scale(network, optimizer, next_loss, num_steps).gamma, or gamma='paper'"
             )
         self.fixed_gamma = float(gamma) if is_number else None
         self.steps_per_epoch, self.phase_epochs = steps_per_epoch, max(1, num_epochs // len(self.nets))
