@@ -889,7 +889,7 @@ class MLRSNetLR:
         return {name: getattr(self, name) for name in self.counters} | {"nets": [net.state_dict() for net in self.nets]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from state_dict(). ValueError for a state of another schedule."""
+        """Continue from state_dict(); its γ replaces a number. ValueError for a state of another schedule."""
         expected = self.state_dict().keys()
         if state.keys() != expected:
             different = ", ".join(sorted(state.keys() ^ expected))
@@ -903,6 +903,8 @@ class MLRSNetLR:
                 raise ValueError(f"the state holds nets of another layout ({' '.join(str(error).split())})") from None
         for name in self.counters:
             setattr(self, name, state[name])
+        if self.fixed_gamma is not None and self.num_steps:
+            self.fixed_gamma = self.gamma  # not a number that was measured again
         self.state = self.state.to(self.nets[0].layer3.weight)
         self.lr_set = None
 

@@ -336,6 +336,17 @@ def test_a_scheduler_resumes_to_the_bit():
     assert [(second.step(loss), second.get_last_lr())[1] for loss in losses[5:]] == expected[5:]
 
 
+def test_a_scheduler_resumes_at_the_gamma_of_its_run():
+    """However the number was found: measured again, it would be another."""
+    whole = MLRSNetLR(one_weight_sgd(), [MLRSNet(), MLRSNet()], 10, 2, 1, gamma=0.3)
+    whole.step(2.3)
+    resumed = MLRSNetLR(one_weight_sgd(), whole.nets, 10, 2, 1, gamma=0.4)
+    resumed.load_state_dict(whole.state_dict())
+    whole.step(2.0)
+    resumed.step(2.0)
+    assert resumed.phase == 1 and resumed.get_last_lr() == whole.get_last_lr()
+
+
 def one_weight_sgd():
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
