@@ -646,7 +646,8 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
                {one.case: [one.case.regret(0.0)] for one in judged}),
     ]
     if refused:
-        lines += ["", f"Refused: {', '.join(refused)}."]
+        counts = sum(one.refusals for one in judged), sum(len(one.rates) for one in judged)
+        lines += ["", f"Refused, {counts[0]} of {counts[1]}: {', '.join(refused)}."]
     lines += ["", "| problem | steps | best peak | measured (median) | ratios | mean regret |", "|---" * 6 + "|"]
     for one in judged:
         case, usual = one.case, USUAL[one.case.problem.optimizer]
