@@ -604,7 +604,8 @@ TABLES: dict[str, Table] = {
     "untuned": Table(
         title="No tuning: the regret against the best cosine of a grid",
         methods=[
-            "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED,
+            "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "MLR-SNet (transferred, measured)",
+            "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED,
             *CONSTANT, FINDER, "fixed", "plateau", "greedy", "adam", "hd", "l4adam", "schedule-free", "prodigy",
             "dadaptation",
         ],
