@@ -24,7 +24,6 @@ from mlr_snet import (
     has_paper_scale,
     measure_lr_scale,
     try_rates,
-    usual_lr,
 )
 from utils import first_line, write_atomically
 
@@ -37,7 +36,7 @@ class Measurement:
 
     result: MeasuredScale
     seconds: float
-    refusal: str = ""  # why nothing could be measured; the scale is then the usual rate
+    refusal: str = ""  # why nothing could be measured; the scale is then a guess
 
     def state_dict(self) -> dict[str, float]:
         return {"scale": self.result.scale}
@@ -74,7 +73,7 @@ def measure(
     """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
 
     By measure_lr_scale, or as Lightning's LR finder does by default. Where the loss falls at no rate, the scale is the
-    optimizer's usual rate, on all ranks alike, and a line says so. Raises ValueError for a loss that is not finite.
+    error's guess, on all ranks alike, and a line says so. Raises ValueError for a loss that is not finite.
     """
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
@@ -89,9 +88,9 @@ def measure(
             else:
                 result = measure_lr_scale(network, optimizer, stream, num_steps, task.clip)
     except NoScaleError as error:
-        result, refusal = MeasuredScale(usual_lr(optimizer), error.trials), str(error)
+        result, refusal = MeasuredScale(error.guess, error.trials), str(error)
         if rank() == 0:
-            print(f"warning: the LR scale is the usual {result.scale:g}, not measured ({refusal})", file=sys.stderr)
+            print(f"warning: the LR scale {result.scale:.3g} is a guess, not measured ({refusal})", file=sys.stderr)
     except (ImageFileError, RuntimeError) as error:  # met by this rank alone, while the others wait in a collective
         if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
             raise
@@ -121,7 +120,7 @@ def draw(measurement: Measurement, path: Path) -> None:
     from matplotlib import pyplot
 
     scale, (range_test, *cosines) = measurement.result.scale, measurement.result.trials
-    kind = "usual rate" if measurement.refusal else "measured scale"
+    kind = "guessed scale" if measurement.refusal else "measured scale"
     start = sum(range_test.losses[:20]) / 20
     figure, panels = pyplot.subplots(1, 2 if cosines else 1, figsize=(9, 3.6), layout="constrained", squeeze=False)
     left, right = panels[0, 0], panels[0, -1]

@@ -560,11 +560,16 @@ class MeasuredScale:
 
 
 class NoScaleError(ValueError):
-    """The training loss falls at no trial rate. trials holds what was tried."""
+    """The training loss falls at no trial rate. trials holds what was tried, guess the peak rate to take instead.
 
-    def __init__(self, message: str, trials: list[Trial]):
+    That is the usual rate of the optimizer or, where it is lower, 0.6 · the rate at which the smoothed loss of the
+    range test rises above the untrained one by three times the noise of the batches.
+    """
+
+    def __init__(self, message: str, trials: list[Trial], optimizer: Optimizer):
         super().__init__(message)
         self.trials = trials
+        self.guess = min(usual_lr(optimizer), SHORT * _lr_of_rise(trials[0]))
 
 
 def usual_lr(optimizer: Optimizer) -> float:
@@ -596,7 +601,7 @@ def measure_lr_scale(
     and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
     5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
     several ranks all of them find the same scale. Raises NoScaleError, a ValueError, when the loss falls at no rate:
-    the best trial has to end three standard errors below the untrained loss. usual_lr(optimizer) is a fair guess then.
+    the best trial has to end three standard errors below the untrained loss. The error holds a guess then.
     Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     if num_steps < 1:
@@ -607,7 +612,7 @@ def measure_lr_scale(
     growth = 1e5 ** (1 / (RANGE_STEPS - 1))
     range_rates = [usual / 1000 * growth**step for step in range(RANGE_STEPS)]
     range_test = try_at("range test", range_rates, until=_has_blown_up)
-    lr_range = SHORT * _lr_of_lowest_loss(range_test)
+    lr_range = SHORT * _lr_of_lowest_loss(range_test, optimizer)
     trial_steps = (max(150, num_steps // 20) - len(range_test.rates)) // 3
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
 
@@ -627,7 +632,7 @@ def measure_lr_scale(
         tried = ", ".join(f"{lr / SHORT:.2g}" for lr in trials)
         raise NoScaleError(
             f"the training loss falls clearly at none of the peak learning rates {tried}: from {start:.4g} to "
-            f"{lowest:.4g} at best; give the scale as a number", [range_test, *trials.values()],
+            f"{lowest:.4g} at best; give the scale as a number", [range_test, *trials.values()], optimizer,
         )
     error = noise * math.sqrt(2 / _third(trial_steps))
     weights = {lr: math.exp((lowest - loss) / max(2 * error, 1e-12)) for lr, loss in losses.items()}
@@ -704,29 +709,35 @@ def _untrained_loss(losses: list[float]) -> tuple[float, float]:
     return first.mean().item(), first.diff().std().item() / math.sqrt(2)
 
 
-def _smoothed(losses: list[float]) -> list[float]:
+def _smoothed(losses: list[float], has_to_fall: bool = True) -> list[float]:
     """The running mean of the range test's losses, up to where it blows up.
 
     That is once the loss has fallen and is again clearly worse than untrained: a network with BatchNorm can recover at
-    an absurd rate.
+    an absurd rate. Without has_to_fall, once it is clearly worse.
     """
     start, noise = _untrained_loss(losses)
     smoothed: list[float] = []
     total = weight = 0.0
     for loss in losses:
         total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
-        has_fallen = len(smoothed) > UNTRAINED_STEPS and min(smoothed) < start - noise
-        if not math.isfinite(total) or (has_fallen and total / weight > start + 3 * noise):
+        can_blow_up = len(smoothed) > UNTRAINED_STEPS and (not has_to_fall or min(smoothed) < start - noise)
+        if not math.isfinite(total) or (can_blow_up and total / weight > start + 3 * noise):
             break
         smoothed.append(total / weight)
     return smoothed
+
+
+def _lr_of_rise(range_test: Trial) -> float:
+    """The rate at which the smoothed loss rises clearly above the untrained one; infinite where it does not."""
+    count = len(_smoothed(range_test.losses, has_to_fall=False))
+    return range_test.rates[count] if count < len(range_test.rates) else math.inf
 
 
 def _has_blown_up(losses: list[float]) -> bool:
     return len(losses) > UNTRAINED_STEPS and len(_smoothed(losses)) < len(losses)
 
 
-def _lr_of_lowest_loss(range_test: Trial) -> float:
+def _lr_of_lowest_loss(range_test: Trial, optimizer: Optimizer) -> float:
     """The rate at which the smoothed loss is lowest. NoScaleError where it does not fall beyond the batches' noise."""
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
@@ -740,7 +751,7 @@ def _lr_of_lowest_loss(range_test: Trial) -> float:
         raise NoScaleError(
             f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {start:.4g} to "
             f"{lowest:.4g} at best, as means of {count} steps; check loss and data, or give the scale as a number",
-            [range_test],
+            [range_test], optimizer,
         )
     return range_test.rates[smoothed.index(min(smoothed))]
 

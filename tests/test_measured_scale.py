@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mlr_snet
-from mlr_snet import DIRECTIONS, RANGE_STEPS, MLRSNet, MLRSNetLR, NoScaleError, measure_lr_scale, usual_lr
+from mlr_snet import DIRECTIONS, RANGE_STEPS, MLRSNet, MLRSNetLR, NoScaleError, Trial, measure_lr_scale, usual_lr
 
 
 class Quadratic:
@@ -196,6 +196,16 @@ def test_a_fall_within_the_noise_is_refused_and_the_trials_are_told(monkeypatch)
     with pytest.raises(NoScaleError, match="falls clearly at none of the peak learning rates") as refusal:
         measure_lr_scale(network, optimizer, noisy_loss(network, torch.Generator().manual_seed(0)), 100)
     assert [trial.kind for trial in refusal.value.trials] == ["range test", *["cosine"] * 3]
+
+
+def test_the_guess_is_the_usual_rate_unless_the_loss_rises_before():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    rates = [0.0005 * 1.1**step for step in range(100)]
+    level = [2.3 + 0.01 * (-1) ** step for step in range(100)]
+    rising = level[:60] + [9.0] * 40
+    assert NoScaleError("", [Trial("range test", rates, level)], optimizer).guess == pytest.approx(0.5)
+    assert NoScaleError("", [Trial("range test", rates, rising)], optimizer).guess == pytest.approx(0.6 * rates[60])
 
 
 def test_a_loss_that_is_not_finite_is_refused():
