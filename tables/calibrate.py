@@ -5,7 +5,8 @@
 DIR holds cifar10/train/{class}/*.jpg, tinyshakespeare.txt and wikitext-2-valid.txt; digits come with scikit-learn.
 Every problem trains with a cosine over a grid of peaks a factor of 2 apart (its best is the target), and leaves
 traces: the losses of range tests and of short cosine trials. Every rule then reads the traces alone. At last
-measure_lr_scale itself is judged on seeds that no trace has; as in the scripts, its guess counts where it refuses. What is in runs.jsonl is not run again.
+measure_lr_scale itself is judged on seeds that no trace has; as in the scripts, its guess counts where it refuses.
+What is in runs.jsonl is not run again.
 """
 
 import argparse
