@@ -679,7 +679,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of every run (default: 1)")
     parser.add_argument("--trace-seeds", type=int, default=5, help="seeds of every trace (default: 5)")
-    parser.add_argument("--judge-seeds", type=int, default=5, help="seeds of measure_lr_scale (default: 5)")
+    parser.add_argument("--judge-seeds", type=int, default=10, help="seeds of measure_lr_scale (default: 10)")
     parser.add_argument("--longest", type=int, default=3000, help="steps of the longest runs (default: 3000)")
     parser.add_argument("--only", default="", help="problems whose name contains this (default: all)")
     return parser.parse_args(argv)
