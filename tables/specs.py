@@ -606,8 +606,8 @@ TABLES: dict[str, Table] = {
         methods=[
             "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "MLR-SNet (transferred, measured)",
             "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED,
-            *CONSTANT, FINDER, "fixed", "plateau", "greedy", "adam", "hd", "l4adam", "schedule-free", "prodigy",
-            "dadaptation",
+            *CONSTANT, FINDER, "fixed", "fixed (measured)", "plateau", "greedy", "adam", "hd", "l4adam",
+            "schedule-free", "prodigy", "dadaptation",
         ],
         has_regret=True,
         presets={"desk": "average=", "smoke": "average= num-epoch=2"},
