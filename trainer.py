@@ -128,8 +128,7 @@ def add_gamma(add: Callable[..., Any]) -> None:
     add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
         metavar="GAMMA",
         help="LR scale, the largest rate MLR-SNet can give: a number, paper (the paper's formula) or measured (twice "
-        "the peak rate that short training finds before the run); auto is paper for SGD without momentum, else "
-        "measured (default: auto)")
+        "the peak that short training finds); auto is paper for SGD without momentum, else measured (default: auto)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

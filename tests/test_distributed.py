@@ -38,8 +38,8 @@ def test_two_ranks_are_bit_identical_and_equal_to_one_process_on_the_same_batche
     first, second, alone = (end[name] for end in ends)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-        # loss, accuracy and the metrics come in single precision
-        tolerance = 1e-5 if name in ("numbers", "metrics") else 1e-7
+        # loss, accuracy and the metrics come in single precision, and γ of text from the loss
+        tolerance = 1e-5 if name in ("numbers", "metrics") else 1e-6
         torch.testing.assert_close(value, alone[name], rtol=tolerance, atol=tolerance)
 
 
