@@ -589,8 +589,8 @@ TABLES: dict[str, Table] = {
         title="All training images at full size",
         methods=[
             "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "cosine",
-            "cosine (measured)", "multistep", "multistep (measured)", "fixed", "fixed (measured)", "schedule-free",
-            "prodigy",
+            "cosine (measured)", "multistep", "multistep (measured)", "fixed", "fixed (measured)", "wsd",
+            "wsd (measured)", "schedule-free", "prodigy",
         ],
         presets={
             "desk": "num-epoch=30 precision=bf16 average= momentum=0.9",
