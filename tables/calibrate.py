@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlr_snet import NoScaleError, measure_lr_scale
+from mlr_snet import UNTRAINED_STEPS, NoScaleError, _smoothed, measure_lr_scale
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
@@ -459,17 +459,10 @@ class Case:
         return (1 - share) * self.scores[low] + share * self.scores[low + 1] - min(self.scores.values())
 
     def range_rate(self, num_steps: int) -> float:
-        """Where the smoothed loss of the range test is lowest, before it is again worse than untrained."""
-        losses = self.ranges[num_steps]
-        mean, deviation = statistics.fmean(losses[:20]), statistics.pstdev(losses[:20])
-        average, lowest, place = losses[0], math.inf, 0
-        for index, loss in enumerate(losses):
-            average = 0.8 * average + 0.2 * loss
-            if not math.isfinite(loss) or (lowest < mean - deviation and average > mean + 3 * deviation):
-                break
-            if index >= 20 and average < lowest:
-                lowest, place = average, index
-        return math.log2(sweep(1e-3, 1e2, num_steps)[place])
+        """Where the function's smoothed loss of the range test is lowest, once the rates are large enough to matter."""
+        smoothed = _smoothed(self.ranges[num_steps])
+        trained = smoothed[UNTRAINED_STEPS:]
+        return math.log2(sweep(1e-3, 1e2, num_steps)[UNTRAINED_STEPS + trained.index(min(trained))])
 
     def best_trial(self, peaks: list[float]) -> float:
         """The peak with the lowest final loss, among those trials that are nearest to the given peaks."""
@@ -618,37 +611,33 @@ def row_of(name: str, within: list[dict[Case, float]], regrets: dict[Case, list[
     return f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
 
 
-def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
-    """table.md: the function itself, every rule, and the function on every problem."""
-    record = provenance(argparse.Namespace())
-    done = {(case.problem.name, case.num_steps) for case in cases}
-    missing = [f"{problem.name} at {length}" for problem in PROBLEMS for length in problem.lengths
-               if (problem.name, length) not in done]
+COLUMNS = "within ×2 | within ×3 | regret, images | worst | regret, text | worst |"
+
+
+def function_table(judged: list[Judged]) -> list[str]:
+    """The function against the usual rate, over all problems, and where it refused."""
     seeds = {len(one.rates) for one in judged}
-    refused = [f"{one.case.problem.name} at {one.case.num_steps} ({one.refusals} of {len(one.rates)} seeds)"
-               for one in judged if one.refusals]
-    head = "within ×2 | within ×3 | regret, images | worst | regret, text | worst |"
     lines = [
-        "# Calibration of the measured LR scale", "",
-        "`python calibrate.py --data-root DIR`. Runs have seed 0, traces seeds 100, 101 and so on, and "
-        f"measure_lr_scale has seeds 400, 401 and so on. Commit {record['commit']}, torch "
-        f"{record['versions']['torch']}, one thread of {record['hardware']['cores']} cores, "
-        f"{record['hardware']['cpu']}.", "",
-        f"{len({case.problem.name for case in cases})} problems, {len(done)} with their run lengths. Against the best "
-        "cosine peak of a grid. Regret in points of accuracy, and in % of perplexity.", "",
         "## The function", "",
         f"measure_lr_scale on {' or '.join(map(str, sorted(seeds)))} seeds that no trace has; where it "
-        "refuses, its guess counts.", "", f"| | {head}", "|---|---|---|---|---|---|---|",
+        "refuses, its guess counts.", "", f"| | {COLUMNS}", "|---|---|---|---|---|---|---|",
         row_of("measure_lr_scale", [{one.case: one.within(factor) for one in judged} for factor in (2, 3)],
                {one.case: one.regrets for one in judged}),
         row_of("the usual rate",
                [{one.case: float(abs(one.case.best) <= math.log2(factor)) for one in judged} for factor in (2, 3)],
                {one.case: [one.case.regret(0.0)] for one in judged}),
     ]
+    refused = [f"{one.case.problem.name} at {one.case.num_steps} ({one.refusals} of {len(one.rates)} seeds)"
+               for one in judged if one.refusals]
     if refused:
         counts = sum(one.refusals for one in judged), sum(len(one.rates) for one in judged)
         lines += ["", f"Refused, {counts[0]} of {counts[1]}: {', '.join(refused)}."]
-    lines += ["", "| problem | steps | best peak | measured (median) | ratios | mean regret |", "|---" * 6 + "|"]
+    return lines
+
+
+def problem_table(judged: list[Judged]) -> list[str]:
+    """The function on every problem."""
+    lines = ["| problem | steps | best peak | measured (median) | ratios | mean regret |", "|---" * 6 + "|"]
     for one in judged:
         case, usual = one.case, USUAL[one.case.problem.optimizer]
         ratios = [2 ** (rate - case.best) for rate in one.rates]
@@ -656,10 +645,15 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
             f"| {case.problem.name} | {case.num_steps} | {usual * 2**case.best:.2g} | "
             f"{usual * 2 ** statistics.median(one.rates):.2g} | {min(ratios):.2f} to {max(ratios):.2f} | "
             f"{statistics.fmean(one.regrets):.1f} |")
-    lines += [
-        "", "## The rules", "",
+    return lines
+
+
+def rules_table(cases: list[Case]) -> list[str]:
+    """Every rule over all problems."""
+    lines = [
+        "## The rules", "",
         f"On the traces of {len(cases)} problems, lengths and seeds, with trials a factor of 2 apart; c is fitted on "
-        "all other problems.", "", f"| rule | std (decades) | {head}", "|---|---|---|---|---|---|---|---|",
+        "all other problems.", "", f"| rule | std (decades) | {COLUMNS}", "|---|---|---|---|---|---|---|---|",
     ]
     for name in RULES:
         rates = estimates(name, cases)
@@ -668,6 +662,25 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
         within = [{case: float(abs(error) <= math.log2(factor)) for case, error in errors.items()} for factor in (2, 3)]
         regrets = {case: [case.regret(rates[case])] for case in cases}
         lines.append(row_of(f"{name} | {deviation:.2f}", within, regrets))
+    return lines
+
+
+def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
+    """table.md: the function over all problems and on each, then every rule."""
+    record = provenance(argparse.Namespace())
+    done = {(case.problem.name, case.num_steps) for case in cases}
+    missing = [f"{problem.name} at {length}" for problem in PROBLEMS for length in problem.lengths
+               if (problem.name, length) not in done]
+    lines = [
+        "# Calibration of the measured LR scale", "",
+        "`python calibrate.py --data-root DIR`. Runs have seed 0, traces seeds 100, 101 and so on, and "
+        f"measure_lr_scale has seeds 400, 401 and so on. Commit {record['commit']}, torch "
+        f"{record['versions']['torch']}, one thread of {record['hardware']['cores']} cores, "
+        f"{record['hardware']['cpu']}.", "",
+        f"{len({case.problem.name for case in cases})} problems, {len(done)} with their run lengths. Against the best "
+        "cosine peak of a grid. Regret in points of accuracy, and in % of perplexity.", "",
+        *function_table(judged), "", *problem_table(judged), "", *rules_table(cases),
+    ]
     if missing:
         lines += ["", f"Not run to the end yet (steps): {', '.join(missing)}."]
     write_atomically(out / "table.md", ("\n".join(lines) + "\n").encode())
