@@ -526,7 +526,6 @@ def hypergradient(
 
 # ---------------------------------------------------------------------------------------------- the measured LR scale
 
-SHORT = 0.6  # the best peak of a run over the best rate of a test of few steps; fitted by tables/calibrate.py
 RANGE_STEPS = 120  # of the range test, which spans five decades
 UNTRAINED_STEPS = 20  # of them, at rates that are too small to matter
 CLEARLY = 3  # standard errors by which the best trial has to end below the untrained loss
@@ -562,14 +561,14 @@ class MeasuredScale:
 class NoScaleError(ValueError):
     """The training loss falls at no trial rate. trials holds what was tried, guess the peak rate to take instead.
 
-    That is the usual rate of the optimizer or, where it is lower, 0.6 · the rate at which the smoothed loss of the
-    range test rises above the untrained one by three times the noise of the batches.
+    That is the usual rate of the optimizer or, where it is lower, c · the rate at which the smoothed loss of the
+    range test rises above the untrained one by three times the noise of the batches; c as in measure_lr_scale.
     """
 
     def __init__(self, message: str, trials: list[Trial], optimizer: Optimizer):
         super().__init__(message)
         self.trials = trials
-        self.guess = min(usual_lr(optimizer), SHORT * _lr_of_rise(trials[0]))
+        self.guess = min(usual_lr(optimizer), _run_over_trial(optimizer) * _lr_of_rise(trials[0]))
 
 
 def usual_lr(optimizer: Optimizer) -> float:
@@ -582,6 +581,13 @@ def usual_lr(optimizer: Optimizer) -> float:
     return 1.0 if isinstance(optimizer, torch.optim.Adadelta) else 0.005
 
 
+def _run_over_trial(optimizer: Optimizer) -> float:
+    """c of measure_lr_scale, fitted by tables/calibrate.py; like usual_lr, it has Adam's value for the rest."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return 0.6 if optimizer.param_groups[0]["momentum"] else 0.7
+    return 0.5
+
+
 def measure_lr_scale(
     network: nn.Module,
     optimizer: Optimizer,
@@ -591,12 +597,13 @@ def measure_lr_scale(
 ) -> MeasuredScale:
     """The LR scale of a run of num_steps steps, found by training on real batches at trial rates.
 
-        lr_range = 0.6 · the rate at which the smoothed loss of an LR range test is lowest
-        scale = 0.6 · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
+        lr_range = c · the rate at which the smoothed loss of an LR range test is lowest
+        scale = c · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
 
-    The three peaks are those of short cosines: lr_usual / 0.6, lr_range / 0.6 and their geometric mean. Their loss is
+    The three peaks are those of short cosines: lr_usual / c, lr_range / c and their geometric mean. Their loss is
     the mean over the last third, and s the standard error of a difference of two such means by the noise of the
-    batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others.
+    batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others. The factor c is
+    the best peak of a run over that of a trial: 0.7 for SGD, 0.6 with momentum, 0.5 for Adam and the rest.
     next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
     and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
     5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
@@ -606,18 +613,18 @@ def measure_lr_scale(
     """
     if num_steps < 1:
         raise ValueError(f"a run of {num_steps} steps: give its length, at least 1")
-    usual = usual_lr(optimizer)
+    usual, factor = usual_lr(optimizer), _run_over_trial(optimizer)
 
     try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm)
     growth = 1e5 ** (1 / (RANGE_STEPS - 1))
     range_rates = [usual / 1000 * growth**step for step in range(RANGE_STEPS)]
     range_test = try_at("range test", range_rates, until=_has_blown_up)
-    lr_range = SHORT * _lr_of_lowest_loss(range_test, optimizer)
+    lr_range = factor * _lr_of_lowest_loss(range_test, optimizer)
     trial_steps = (max(150, num_steps // 20) - len(range_test.rates)) // 3
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
 
     def train_from(lr: float) -> Trial:
-        return try_at("cosine", [lr / SHORT * factor for factor in cosine])
+        return try_at("cosine", [lr / factor * share for share in cosine])
 
     low, high = sorted((usual, lr_range))
     trials = {low: train_from(low)}
@@ -629,7 +636,7 @@ def measure_lr_scale(
     losses = {lr: _final_loss(trial) for lr, trial in trials.items()}
     lowest = min(losses.values())
     if lowest > start - CLEARLY * noise * math.sqrt(1 / UNTRAINED_STEPS + 1 / _third(trial_steps)):
-        tried = ", ".join(f"{lr / SHORT:.2g}" for lr in trials)
+        tried = ", ".join(f"{lr / factor:.2g}" for lr in trials)
         raise NoScaleError(
             f"the training loss falls clearly at none of the peak learning rates {tried}: from {start:.4g} to "
             f"{lowest:.4g} at best; give the scale as a number", [range_test, *trials.values()], optimizer,

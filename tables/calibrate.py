@@ -136,6 +136,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda parameters: AdamW(parameters, 1.0, weight_decay=0.01),
 }
 USUAL = {"sgd": 0.5, "momentum": 0.05, "nesterov": 0.05, "adam": 0.005, "adamw": 0.005}  # where the grids are centred
+FACTORS = {"sgd": 0.7, "momentum": 0.6, "adam": 0.5}  # c of measure_lr_scale
 FAMILY = {"sgd": "sgd", "momentum": "momentum", "nesterov": "momentum", "adam": "adam", "adamw": "adam"}
 
 # ---------------------------------------------------------------------------------------------- problems
@@ -425,7 +426,7 @@ def run_traces(problem: Problem, data: Data, seeds: int, cache: Cache) -> None:
 
 
 def run_measure(problem: Problem, data: Data, num_steps: int, seeds: int, cache: Cache) -> None:
-    for seed in range(400, 400 + seeds):
+    for seed in range(500, 500 + seeds):
         cache.get(f"{problem.name} | measured {num_steps} | seed {seed}",
                   lambda seed=seed: measure(problem, data, seed, num_steps))
 
@@ -509,6 +510,9 @@ RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
     "best of the three, c = 0.6": lambda case, c: between(case, math.log2(0.6)),
     "mean of the three, weighted by loss and noise": weighted_by_noise,
     "the same, c = 0.6": lambda case, c: weighted_by_noise(case, math.log2(0.6)),
+    "the same, c per optimizer": weighted_by_noise,
+    "the same, c = 0.7, 0.6 or 0.5":
+        lambda case, c: weighted_by_noise(case, math.log2(FACTORS[FAMILY[case.problem.optimizer]])),
     "best of the three, c = 0.6, then ^¾ · usual^¼": lambda case, c: 0.75 * between(case, math.log2(0.6)),
     "best of the three, c = (15 / steps)^(1/6)": lambda case, c: between(case, math.log2(15 / case.num_steps) / 6),
 }
@@ -534,7 +538,7 @@ def estimates(name: str, cases: list[Case]) -> dict[Case, float]:
     result = {}
     for problem, group in problems.items():
         others = [row for other, row in errors.items() if other != problem and (
-            name != "c per optimizer" or FAMILY[other.optimizer] == FAMILY[problem.optimizer])]
+            "c per optimizer" not in name or FAMILY[other.optimizer] == FAMILY[problem.optimizer])]
         sums = [sum(column) for column in zip(*others, strict=True)]
         result |= {case: table[case][sums.index(min(sums))] for case in group}
     return result
@@ -674,7 +678,7 @@ def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
     lines = [
         "# Calibration of the measured LR scale", "",
         "`python calibrate.py --data-root DIR`. Runs have seed 0, traces seeds 100, 101 and so on, and "
-        f"measure_lr_scale has seeds 400, 401 and so on. Commit {record['commit']}, torch "
+        f"measure_lr_scale has seeds 500, 501 and so on. Commit {record['commit']}, torch "
         f"{record['versions']['torch']}, one thread of {record['hardware']['cores']} cores, "
         f"{record['hardware']['cpu']}.", "",
         f"{len({case.problem.name for case in cases})} problems, {len(done)} with their run lengths. Against the best "
