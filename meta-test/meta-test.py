@@ -13,16 +13,14 @@ from data import IMAGES  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from measuring import chosen_gamma, measure  # noqa: E402
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
-from trainer import (  # noqa: E402
-    Trainer,
+from run_arguments import (  # noqa: E402
     add_gamma,
     add_run_arguments,
     add_task_arguments,
-    build,
-    build_average,
     net_files,
     parse_run_arguments,
 )
+from trainer import Trainer, build, build_average  # noqa: E402
 from utils import build_optimizer  # noqa: E402
 
 EXAMPLES = """\

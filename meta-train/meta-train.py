@@ -11,15 +11,8 @@ from command_line import Parser, number, number_or, user_errors  # noqa: E402
 from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
 from measuring import chosen_gamma  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
-from trainer import (  # noqa: E402
-    Trainer,
-    add_gamma,
-    add_run_arguments,
-    add_task_arguments,
-    build,
-    build_average,
-    parse_run_arguments,
-)
+from run_arguments import add_gamma, add_run_arguments, add_task_arguments, parse_run_arguments  # noqa: E402
+from trainer import Trainer, build, build_average  # noqa: E402
 from utils import build_optimizer, save  # noqa: E402
 
 EXAMPLES = """\

@@ -1,0 +1,236 @@
+"""The flags of meta-train and meta-test, and what --resume takes from a run's args.json."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from command_line import Parser, folder, number, number_or
+from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, STREAMED, TEXTS
+from data.corruption import CORRUPTIONS, NOISE_KINDS
+from mlr_snet import SHIPPED
+from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
+from utils import ROOT, plain
+
+# The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
+IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
+                  "skip_bad_images": False, "corruption": None, "severity": None, "label_noise": None,
+                  "noise_kind": None}
+IMAGENET_DEFAULTS = {"num_epoch": 90}
+TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
+                 "dropout": 0.5}
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
+    """The flags of what is trained, which meta-train and meta-test share; `network` is the default."""
+    positive = number(int, 1, 2**31 - 1)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="cifar10", metavar="NAME",
+        help=f"images: {', '.join(IMAGES)}; text: {', '.join(TEXTS)}; digits and pydoc need no download "
+        "(default: cifar10)")
+    add("--data-root", type=Path, default=ROOT / "data" / "downloads", metavar="DIR",
+        help="the data, or where to download it (default: data/downloads)")
+    add("--limit-train", type=positive, metavar="N", help="use N class-balanced images, or the first N tokens")
+    add("--limit-test", type=positive, metavar="N", help="the same for testing")
+    add("--num-meta", type=number(int, 0, 2**31 - 1), metavar="N",
+        help="images to steer MLR-SNet or validate (default: meta-train 1000, meta-test 0)")
+    add("--image-size", type=positive, metavar="N",
+        help="resize to N×N pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
+    add("--workers", type=number(int, 0, 1000), metavar="N",
+        help="processes that read tinyimagenet or imagenet (default: cores, up to 8)")
+    add("--skip-bad-images", action="store_true", default=None, help="leave out unreadable files, and report them")
+    add("--corruption", metavar="NAME",
+        help=f"damage the training images: {', '.join(CORRUPTIONS)}; of "
+        "cifar10-c and cifar100-c the file")
+    add("--severity", type=number(int, 0, 5), metavar="N", help="of --corruption, 0 (none) to 5 (default: 3)")
+    add("--label-noise", type=number(float, 0, 1), metavar="RATE",
+        help="give this share of the training images a wrong label (default: 0)")
+    add("--noise-kind", choices=NOISE_KINDS, metavar="KIND",
+        help="uniform: any other class; flip: one other for each class; flip2: one of two (default: uniform)")
+    add("--tokens", choices=["word", "char"], metavar="UNIT", help="unit of the text: word or char (default: word)")
+    add("--seq-len", "--seq_len", type=positive, metavar="N", help="tokens per sequence (default: 35)")
+
+    add = parser.add_argument_group("network and optimizer").add_argument
+    add("--network", choices=NETWORKS, default=network, metavar="NAME",
+        help=f"images: {', '.join(IMAGE_NETWORKS)}; text: {', '.join(LANGUAGE_MODELS)} (default: {network})")
+    add("--embed-size", "--embed_size", type=positive, metavar="N",
+        help="width of a language model's embedding and hidden layers (default: 512)")
+    add("--dropout", type=number(float, 0, 1), metavar="RATE", help="of a language model (default: 0.5)")
+    add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
+    add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", metavar="NAME",
+        help="sgd, adam or adamw (default: sgd)")
+    add("--momentum", type=number(float, 0, 1), default=0.0, metavar="RHO", help="of SGD (default: 0)")
+    add("--wd", type=number(float, 0), metavar="WD", help="weight decay (default: images 5e-4, text 5e-6)")
+    add("--average", action="store_true", help="also evaluate and save a running average of the weights")
+    add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"), metavar="RATE",
+        help="of the average per step, or auto: about an epoch's (default: auto)")
+
+
+def add_gamma(add: Callable[..., Any]) -> None:
+    """--gamma, for the group of flags whose add_argument is given."""
+    add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
+        metavar="GAMMA",
+        help="LR scale, the largest rate MLR-SNet can give: a number, paper (the paper's formula) or measured (twice "
+        "the peak that short training finds); auto is paper for SGD without momentum, else measured (default: auto)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the run and its device, which meta-train and meta-test share."""
+    positive = number(int, 1, 2**31 - 1)
+    add = parser.add_argument_group("run").add_argument
+    add("--num-epoch", "--max_epoch", dest="num_epoch", type=positive, metavar="N",
+        help="epochs (default: images 200, imagenet 90, text 150)")
+    add("--batch-size", "--batch_size", type=positive, metavar="N",
+        help="per step, over all ranks (default: images 128, text 32)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
+        help="of weights, data order and meta set (default: 0)")
+    add("--out", type=folder, metavar="DIR",
+        help="the run's folder (default: result/NETWORK_DATASET beside the script)")
+    add("--resume", action="store_true", help="continue the run in --out with its own arguments")
+    add("--help", "-h", action="help", help="show this and exit")
+
+    add = parser.add_argument_group("device").add_argument
+    add("--device", default="auto", metavar="NAME",
+        help="cpu, cuda or another; auto is cuda where there is one (default: auto)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", metavar="TYPE",
+        help="of the forward pass, fp32 or bf16 (default: fp32)")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
+
+
+def parse_run_arguments(
+    parser: Parser, script: Path, argv: list[str] | None, **defaults: Any
+) -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, with --out and the defaults settled, and the names of those that the command line gives.
+
+    --resume takes the run's own arguments and refuses others. `defaults` are the script's own for flags of the images.
+    """
+    args = parser.parse_args(argv)
+    unset = object()
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(marked).items() if value is not unset}
+    args.script = script.stem
+    args.out = (args.out or script.parent / "result" / f"{args.network}_{args.dataset}").absolute()
+    try:
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a file; give a folder")
+        if args.resume:
+            args = _resumed(parser, args, given)
+        else:
+            refuse_used(args.out)
+        _settle(args, defaults)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args, given
+
+
+def refuse_used(out: Path) -> None:
+    """ValueError where the folder holds a run."""
+    if any((out / name).exists() for name in ("args.json", "checkpoint.pth", "metrics.csv")):
+        raise ValueError(f"--out {out} holds another run; continue it with --resume or give another --out")
+
+
+def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+    """The arguments of the run in --out. ValueError where args.json cannot give them, or differs from those given."""
+    record = args.out / "args.json"
+    if not record.exists():
+        if (args.out / "checkpoint.pth").exists():
+            raise ValueError(f"{record} is missing beside checkpoint.pth; restore it or start a new run elsewhere")
+        raise ValueError(f"--resume: no run in {args.out}; leave --resume out to start one")
+    stored = _stored_arguments(args.out)
+    script = stored.get("script", args.script)
+    if script != args.script:
+        raise ValueError(f"--out {args.out} holds a run of {script}.py; resume it with that script")
+    if stored.keys() != vars(args).keys():
+        different = ", ".join(sorted(stored.keys() ^ vars(args).keys()))
+        raise ValueError(f"{record} is of another version of this software (missing or unknown: {different}); "
+                         "start a new run in another --out")
+    parser.exit_on_error = False
+    try:  # the stored arguments pass the same checks as a command line
+        resumed = parser.parse_args(_command_line(parser, stored))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{record} is damaged: {error}") from None
+    for name in given - {"resume", "out"}:
+        if plain(getattr(args, name)) != plain(getattr(resumed, name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume continues with the run's own {flag} {stored[name]}; leave {flag} out")
+    resumed.out, resumed.resume, resumed.script = args.out, True, args.script
+    return resumed
+
+
+def _stored_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments in a run's args.json. ValueError where there are none."""
+    record = folder / "args.json"
+    try:
+        arguments = json.loads(record.read_text())["arguments"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} holds no run's arguments ({type(error).__name__})") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{record} holds no run's arguments (not a table)")
+    return arguments
+
+
+def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
+    """The words that give the parser these arguments."""
+    words = []
+    for action in parser._actions:  # argparse has no public list of its flags
+        value = arguments.get(action.dest)
+        flag = action.option_strings[0]
+        if action.dest in ("help", "out", "resume") or value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Give the flags that were left out the defaults of the modality. ValueError for those that do not fit."""
+    is_text = args.dataset in TEXTS
+    fitting = LANGUAGE_MODELS if is_text else IMAGE_NETWORKS
+    if args.network not in fitting:
+        kind = "text" if is_text else "images"
+        raise ValueError(
+            f"--network {args.network} is not for {kind}; for {args.dataset} choose from {', '.join(fitting)}"
+        )
+    if args.momentum and args.optimizer != "sgd":
+        raise ValueError(f"--momentum belongs to --optimizer sgd; leave it out with {args.optimizer}")
+    if not keeps_average(args) and args.average_decay not in (None, "auto"):
+        raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")
+    args.average_decay = args.average_decay or "auto"
+    own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
+    if args.dataset == "imagenet":
+        own = own | IMAGENET_DEFAULTS
+    if args.dataset in PUBLISHED_CORRUPTED:
+        own = own | {"num_meta": min(defaults.get("num_meta", 0), PUBLISHED_CORRUPTED[args.dataset])}
+    if args.workers is not None and args.dataset not in STREAMED:
+        raise ValueError(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
+    for name in other.keys() - own.keys():
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+def keeps_average(args: argparse.Namespace) -> bool:
+    """Whether the run keeps a running average of the weights."""
+    return args.average or getattr(args, "meta_point", "lookahead") == "average"
+
+
+def net_files(nets: list[str | Path]) -> str | list[Path]:
+    """What load_schedules takes: a shipped name, files, or of one meta-train run its snapshots at 1/200, 1/2 and 1."""
+    if len(nets) == 1 and str(nets[0]) in SHIPPED:
+        return str(nets[0])
+    paths = [Path(net) for net in nets]
+    if len(paths) > 1 or not paths[0].is_dir():
+        return paths
+    num_epochs = _stored_arguments(paths[0]).get("num_epoch")
+    if not isinstance(num_epochs, int):
+        raise ValueError(f"{paths[0] / 'args.json'} names no number of epochs; give .pth files")
+    epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
+    return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]

@@ -1,0 +1,252 @@
+"""What lies in a run's folder: metrics, cost, log, picture and checkpoint."""
+
+import argparse
+import csv
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from distributed import all_gather, gather_hidden, rank, shard_hidden
+from utils import COSTS, checksum, first_line, peak_memory_mib, plain, save, write_atomically
+
+FORMAT = 2  # of checkpoint.pth
+
+
+class Metrics:
+    """The rows of metrics.csv, one per epoch, and the totals of the present epoch."""
+
+    EMPTY = {"loss": 0.0, "accuracy": 0.0, "lr": 0.0, "size": 0, "seconds": 0.0}
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.totals = dict(self.EMPTY)
+        self.clock = time.perf_counter()
+
+    def add(self, size: int, lr: float, loss: float, accuracy: float, clean_accuracy: float | None = None) -> None:
+        """Count a step with `size` targets."""
+        values = {"loss": loss, "accuracy": accuracy, "lr": lr}
+        if clean_accuracy is not None:
+            values["clean_accuracy"] = clean_accuracy
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * size
+        self.totals["size"] += size
+
+    def means(self) -> dict[str, float]:
+        """Loss, LR and accuracies (%) of the present epoch, averaged over its targets."""
+        size = self.totals["size"]
+        return {name: total / size for name, total in self.totals.items() if name not in ("size", "seconds")}
+
+    def start_clock(self) -> None:
+        """Time counts from here."""
+        self.clock = time.perf_counter()
+
+    def count_seconds(self) -> None:
+        """Add the time since the last call to the present epoch."""
+        now = time.perf_counter()
+        self.totals["seconds"] += now - self.clock
+        self.clock = now
+
+    def end_epoch(self, row: dict[str, float]) -> dict[str, float]:
+        """Append the row with the epoch's seconds; the totals start at zero again."""
+        self.count_seconds()
+        row = {**row, "seconds": round(self.totals["seconds"], 3)}
+        self.rows.append(row)
+        self.totals = dict(self.EMPTY)
+        return row
+
+    def write(self, path: Path) -> None:
+        """metrics.csv."""
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(self.rows[0]))
+        table.writeheader()
+        table.writerows(self.rows)
+        write_atomically(path, text.getvalue().encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "totals": self.totals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.totals = state["rows"], state["totals"]
+
+
+class Cost:
+    """What training takes, evaluation apart: passes through the network, and the peak of the memory in MiB."""
+
+    def __init__(self, network: nn.Module, is_compiled: bool):
+        self.counts: dict[str, float] = dict.fromkeys(COSTS, 0)
+        self.counting = True
+        if not is_compiled:  # every count would compile the network again
+            network.register_forward_hook(lambda *_: self._count("forward_passes"))
+            next(network.parameters()).register_hook(lambda _: self._count("backward_passes"))
+
+    def _count(self, name: str) -> None:
+        if self.counting:
+            self.counts[name] += 1
+
+    def add_steps(self, num_steps: int) -> None:
+        """Count the training steps that measured the LR scale."""
+        self.counts["measuring_steps"] = num_steps
+        for name in ("forward_passes", "backward_passes"):
+            self.counts[name] += num_steps
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing counts."""
+        self.counting = False
+        yield
+        self.counting = True
+        self.counts["peak_memory_mib"] = max(self.counts["peak_memory_mib"], peak_memory_mib())
+
+    def write(self, path: Path, steps_per_epoch: int) -> None:
+        """cost.json."""
+        write_atomically(path, json.dumps({"steps_per_epoch": steps_per_epoch, **self.counts}, indent=1).encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.counts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = dict(state)
+
+
+class Log:
+    """What a run shows on rank 0: a progress bar, a line per epoch, TensorBoard events."""
+
+    def __init__(self, folder: Path, num_steps: int, done: int):
+        self.excepthook = threading.excepthook
+        threading.excepthook = lambda _: None  # TensorBoard's thread raises its error again in this one
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1) if rank() == 0 else None
+        self.bar = tqdm(total=num_steps, initial=done, disable=True if rank() else None, leave=False)
+
+    def step(self, number: int, loss: float, accuracy: float, lr: float) -> None:
+        if self.writer:
+            self.writer.add_scalar("step/loss", loss, number)
+            self.writer.add_scalar("step/lr", lr, number)
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
+
+    def epoch(self, row: dict[str, float]) -> None:
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+            self.bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def close(self) -> None:
+        self.bar.close()
+        try:
+            if self.writer:
+                self.writer.close()
+        finally:
+            threading.excepthook = self.excepthook
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    """run.png: training and test loss, accuracy or perplexity, those of averaged weights, and LR over the epochs."""
+    if rank():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = [row["epoch"] for row in rows]
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    metric = ("acc", "accuracy (%)") if "test_acc" in rows[0] else ("ppl", "perplexity")
+    columns = (("loss", "loss (nats)"), metric)
+    for panel, (column, label) in zip(panels, columns, strict=False):
+        curves = {f"train_{column}": ("-", "train"), f"train_clean_{column}": (":", "train, true labels"),
+                  f"test_{column}": ("--", "test"),
+                  f"test_{column}_average": ("k-", "test, averaged weights")}
+        for name, (style, title) in curves.items():
+            if name in rows[0]:
+                panel.plot(epochs, [row[name] for row in rows], style, label=title)
+        panel.set(xlabel="epoch", ylabel=label)
+        panel.legend(fontsize="small")
+    panels[2].plot(epochs, [row["lr"] for row in rows], "k-")
+    panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
+    panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
+    for panel in panels:
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(path.parent.name)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    pyplot.close(figure)
+    write_atomically(path, image.getvalue())
+
+
+class Checkpoint:
+    """checkpoint.pth: all that continuing the run bit for bit needs. `parts` are the things with a state_dict.
+
+    Its arguments, a fingerprint of its data and a checksum of its content stand in the file, too.
+    """
+
+    def __init__(self, args: argparse.Namespace, fingerprint: str, parts: dict[str, Any]):
+        self.path, self.parts, self.seed = args.out / "checkpoint.pth", parts, args.seed
+        self.data_root, self.fingerprint = args.data_root, fingerprint
+        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in ("out", "resume")}
+
+    def save(self, step: int, hidden: Any) -> None:
+        """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        state = {
+            "format": FORMAT,
+            "arguments": self.arguments,
+            "data": self.fingerprint,
+            "step": step,
+            "hidden": gather_hidden(hidden),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "rng": all_gather((torch.get_rng_state(), cuda)),
+        }
+        if rank() == 0:
+            save(self.path, {**state, "checksum": checksum(state)})
+
+    def load(self) -> tuple[int, Any]:
+        """Restore the parts and this rank's random generators; returns the step and the hidden state.
+
+        Raises ValueError, which names what is wrong, for a damaged checkpoint and for one of another run.
+        """
+        state = self._read()
+        for name in self.arguments.keys() | state["arguments"].keys():
+            theirs, ours = state["arguments"].get(name), self.arguments.get(name)
+            if theirs != ours:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{self.path} belongs to another run: its {flag} is {theirs}, not {ours}")
+        if state["data"] != self.fingerprint:
+            raise ValueError(
+                f"the data in {self.data_root} are not those that the run began with: their fingerprint is "
+                f"{self.fingerprint}, in {self.path} it is {state['data']}; restore them or start a new run"
+            )
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except Exception as error:  # parts fail in many ways; each ends in this one line
+            raise ValueError(f"{self.path}: not a checkpoint of this run ({first_line(error)})") from error
+        if rank() < len(state["rng"]):
+            rng, cuda_rng = state["rng"][rank()]
+            torch.set_rng_state(rng)
+            if cuda_rng is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda_rng)
+        else:  # there are more ranks than before
+            torch.manual_seed(self.seed + rank())
+        return state["step"], shard_hidden(state["hidden"])
+
+    def _read(self) -> dict[str, Any]:
+        """The file's content. ValueError where it is damaged or of another version."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
+            raise ValueError(f"{self.path} is damaged: not a readable checkpoint ({type(error).__name__})") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is of another version of this software; start a new run in another --out")
+        if state.pop("checksum", None) != checksum(state):
+            raise ValueError(f"{self.path} is damaged: its content does not match its checksum; restore a copy of it")
+        return state
