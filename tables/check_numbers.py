@@ -59,7 +59,7 @@ ALLOWED = {
     "150 training steps": "the budget of measure_lr_scale",
 }
 
-NUMBER = re.compile(r"(?<![\w.,])(?:(?<!\w)[−-])?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+−-]?\d+)?")
+NUMBER = re.compile(r"(?<![\w.,])(?:(?<!\w)[−-])?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+−-]?\d+)?(?!\w|[.,]\d)")  # not in a hash
 SPREAD = re.compile(rf"({NUMBER.pattern}) ± ({NUMBER.pattern})")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)\s]*\)")
 HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
