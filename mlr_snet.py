@@ -582,7 +582,10 @@ def usual_lr(optimizer: Optimizer) -> float:
 
 
 def _run_over_trial(optimizer: Optimizer) -> float:
-    """c of measure_lr_scale, fitted by tables/calibrate.py; like usual_lr, it has Adam's value for the rest."""
+    """c of measure_lr_scale, near the fits of tables/calibrate.py, under Adam half-way from 0.6 to its fit.
+
+    Like usual_lr, it has Adam's value for the rest.
+    """
     if isinstance(optimizer, torch.optim.SGD):
         return 0.6 if optimizer.param_groups[0]["momentum"] else 0.7
     return 0.5

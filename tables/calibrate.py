@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlr_snet import UNTRAINED_STEPS, NoScaleError, _smoothed, measure_lr_scale
+from mlr_snet import UNTRAINED_STEPS, NoScaleError, _run_over_trial, _smoothed, measure_lr_scale
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
@@ -136,7 +136,6 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda parameters: AdamW(parameters, 1.0, weight_decay=0.01),
 }
 USUAL = {"sgd": 0.5, "momentum": 0.05, "nesterov": 0.05, "adam": 0.005, "adamw": 0.005}  # where the grids are centred
-FACTORS = {"sgd": 0.7, "momentum": 0.6, "adam": 0.5}  # c of measure_lr_scale
 FAMILY = {"sgd": "sgd", "momentum": "momentum", "nesterov": "momentum", "adam": "adam", "adamw": "adam"}
 
 # ---------------------------------------------------------------------------------------------- problems
@@ -492,6 +491,11 @@ def weighted_by_noise(case: Case, c: float) -> float:
     return sum(weight * peak for weight, peak in zip(weights, peaks, strict=True)) / (sum(weights) or 1) + c
 
 
+def own_factor(case: Case) -> float:
+    """c of measure_lr_scale for the case's optimizer."""
+    return _run_over_trial(OPTIMIZERS[case.problem.optimizer]([nn.Parameter(torch.zeros(1))]))
+
+
 def all_trials(case: Case) -> float:
     return case.best_trial(list(case.trials))
 
@@ -511,8 +515,7 @@ RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
     "mean of the three, weighted by loss and noise": weighted_by_noise,
     "the same, c = 0.6": lambda case, c: weighted_by_noise(case, math.log2(0.6)),
     "the same, c per optimizer": weighted_by_noise,
-    "the same, c = 0.7, 0.6 or 0.5":
-        lambda case, c: weighted_by_noise(case, math.log2(FACTORS[FAMILY[case.problem.optimizer]])),
+    "the same, c of the function": lambda case, c: weighted_by_noise(case, math.log2(own_factor(case))),
     "best of the three, c = 0.6, then ^¾ · usual^¼": lambda case, c: 0.75 * between(case, math.log2(0.6)),
     "best of the three, c = (15 / steps)^(1/6)": lambda case, c: between(case, math.log2(15 / case.num_steps) / 6),
 }
@@ -542,6 +545,13 @@ def estimates(name: str, cases: list[Case]) -> dict[Case, float]:
         sums = [sum(column) for column in zip(*others, strict=True)]
         result |= {case: table[case][sums.index(min(sums))] for case in group}
     return result
+
+
+def fitted_factor(cases: list[Case]) -> float:
+    """c of weighted_by_noise with the smallest mean squared error over these cases."""
+    grid = [octave / 10 for octave in range(-25, 11)]
+    errors = [weighted_mean({case: (weighted_by_noise(case, c) - case.best) ** 2 for case in cases}) for c in grid]
+    return 2 ** grid[errors.index(min(errors))]
 
 
 def collect(cache: Cache, longest: int) -> list[Case]:
@@ -666,7 +676,9 @@ def rules_table(cases: list[Case]) -> list[str]:
         within = [{case: float(abs(error) <= math.log2(factor)) for case, error in errors.items()} for factor in (2, 3)]
         regrets = {case: [case.regret(rates[case])] for case in cases}
         lines.append(row_of(f"{name} | {deviation:.2f}", within, regrets))
-    return lines
+    fits = [f"{fitted_factor([case for case in cases if FAMILY[case.problem.optimizer] == family]):.2f} ({family})"
+            for family in dict.fromkeys(FAMILY.values())]
+    return [*lines, "", f"c of the weighted mean that fits all problems of an optimizer best: {', '.join(fits)}."]
 
 
 def report(cases: list[Case], judged: list[Judged], out: Path) -> None:
