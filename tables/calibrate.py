@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlr_snet import UNTRAINED_STEPS, NoScaleError, _run_over_trial, _smoothed, measure_lr_scale
+from mlr_snet import UNTRAINED_STEPS, NoScaleError, _run_over_trial, _smoothed, measure_lr_scale, usual_lr
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
@@ -135,7 +135,6 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": lambda parameters: Adam(parameters, 1.0),
     "adamw": lambda parameters: AdamW(parameters, 1.0, weight_decay=0.01),
 }
-USUAL = {"sgd": 0.5, "momentum": 0.05, "nesterov": 0.05, "adam": 0.005, "adamw": 0.005}  # where the grids are centred
 FAMILY = {"sgd": "sgd", "momentum": "momentum", "nesterov": "momentum", "adam": "adam", "adamw": "adam"}
 
 # ---------------------------------------------------------------------------------------------- problems
@@ -160,6 +159,20 @@ class Problem:
     @property
     def is_text(self) -> bool:
         return self.data in ("shakespeare", "wikitext")
+
+    @property
+    def usual(self) -> float:
+        """The usual rate of the optimizer, on which the grids are centred."""
+        return usual_lr(self._some_optimizer)
+
+    @property
+    def factor(self) -> float:
+        """c of measure_lr_scale for the optimizer."""
+        return _run_over_trial(self._some_optimizer)
+
+    @property
+    def _some_optimizer(self) -> Optimizer:
+        return OPTIMIZERS[self.optimizer]([nn.Parameter(torch.zeros(1))])
 
 
 PROBLEMS = [Problem(*row) for row in (
@@ -395,7 +408,7 @@ def run_grid(problem: Problem, data: Data, num_steps: int, seeds: int, cache: Ca
     wanted = set(range(-2, 3))
     while wanted:
         for exponent in sorted(wanted):
-            peak = USUAL[problem.optimizer] * 2.0**exponent
+            peak = problem.usual * 2.0**exponent
             rows = [cache.get(f"{problem.name} | cosine {num_steps} | 2^{exponent} | seed {seed}",
                               lambda seed=seed, peak=peak: final(problem, data, seed, peak, num_steps))
                     for seed in range(seeds)]
@@ -411,7 +424,7 @@ def score(problem: Problem, row: dict[str, Any]) -> float:
 
 def run_traces(problem: Problem, data: Data, seeds: int, cache: Cache) -> None:
     """Range tests around the usual rate, and short cosines from usual · 2^k: the losses of their steps."""
-    usual = USUAL[problem.optimizer]
+    usual = problem.usual
     plans = {f"range {num_steps}": sweep(usual / 1000, usual * 100, num_steps) for num_steps in (60, 120)}
     for num_steps in (15, 30, 60) if max(problem.lengths) >= 1000 else (15,):
         plans |= {f"trial {num_steps} | 2^{k}": cosine(usual * 2.0**k, num_steps) for k in range(-5, 7)}
@@ -491,11 +504,6 @@ def weighted_by_noise(case: Case, c: float) -> float:
     return sum(weight * peak for weight, peak in zip(weights, peaks, strict=True)) / (sum(weights) or 1) + c
 
 
-def own_factor(case: Case) -> float:
-    """c of measure_lr_scale for the case's optimizer."""
-    return _run_over_trial(OPTIMIZERS[case.problem.optimizer]([nn.Parameter(torch.zeros(1))]))
-
-
 def all_trials(case: Case) -> float:
     return case.best_trial(list(case.trials))
 
@@ -515,10 +523,11 @@ RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
     "mean of the three, weighted by loss and noise": weighted_by_noise,
     "the same, c = 0.6": lambda case, c: weighted_by_noise(case, math.log2(0.6)),
     "the same, c per optimizer": weighted_by_noise,
-    "the same, c of the function": lambda case, c: weighted_by_noise(case, math.log2(own_factor(case))),
+    "the same, c of the function": lambda case, c: weighted_by_noise(case, math.log2(case.problem.factor)),
     "best of the three, c = 0.6, then ^¾ · usual^¼": lambda case, c: 0.75 * between(case, math.log2(0.6)),
     "best of the three, c = (15 / steps)^(1/6)": lambda case, c: between(case, math.log2(15 / case.num_steps) / 6),
 }
+PER_OPTIMIZER = ("c per optimizer", "the same, c per optimizer")  # c is fitted on the problems of the optimizer alone
 
 
 def weighted_mean(values: dict[Case, float]) -> float:
@@ -541,7 +550,7 @@ def estimates(name: str, cases: list[Case]) -> dict[Case, float]:
     result = {}
     for problem, group in problems.items():
         others = [row for other, row in errors.items() if other != problem and (
-            "c per optimizer" not in name or FAMILY[other.optimizer] == FAMILY[problem.optimizer])]
+            name not in PER_OPTIMIZER or FAMILY[other.optimizer] == FAMILY[problem.optimizer])]
         sums = [sum(column) for column in zip(*others, strict=True)]
         result |= {case: table[case][sums.index(min(sums))] for case in group}
     return result
@@ -610,7 +619,7 @@ def judge(cases: list[Case], cache: Cache) -> list[Judged]:
     for case in {(case.problem.name, case.num_steps): case for case in cases}.values():
         rows = measured.get((case.problem.name, case.num_steps))
         if rows:
-            rates = [math.log2(row["scale"] / USUAL[case.problem.optimizer]) for row in rows]
+            rates = [math.log2(row["scale"] / case.problem.usual) for row in rows]
             judged.append(Judged(case, rates, sum("refusal" in row for row in rows)))
     return sorted(judged, key=lambda one: (PROBLEMS.index(one.case.problem), one.case.num_steps))
 
@@ -653,7 +662,7 @@ def problem_table(judged: list[Judged]) -> list[str]:
     """The function on every problem."""
     lines = ["| problem | steps | best peak | measured (median) | ratios | mean regret |", "|---" * 6 + "|"]
     for one in judged:
-        case, usual = one.case, USUAL[one.case.problem.optimizer]
+        case, usual = one.case, one.case.problem.usual
         ratios = [2 ** (rate - case.best) for rate in one.rates]
         lines.append(
             f"| {case.problem.name} | {case.num_steps} | {usual * 2**case.best:.2g} | "
