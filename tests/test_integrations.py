@@ -198,6 +198,22 @@ def test_lightning_equals_the_plain_loop_and_so_does_a_run_resumed_in_the_middle
     assert_equal(expected, lightning_run(lightning, tmp_path, kind, resume_from=tmp_path / "step=4.ckpt"), since=4)
 
 
+def test_lightnings_average_of_the_weights_leaves_the_rates_as_they_are(lightning, tmp_path):
+    from mlr_snet_lightning import MLRSNetCallback
+
+    if not hasattr(lightning.callbacks, "EMAWeightAveraging"):
+        pytest.skip("Lightning has EMAWeightAveraging since 2.6")
+    module = lightning_module(lightning)
+    callback = MLRSNetCallback(make_schedule("learn", module.network))
+    lightning.Trainer(
+        **quiet(tmp_path), max_epochs=NUM_EPOCHS, accumulate_grad_batches=ACCUMULATION, gradient_clip_val=CLIP,
+        callbacks=[callback, lightning.callbacks.EMAWeightAveraging(decay=0.5)],
+    ).fit(module, Loader())
+    expected = plain_run("learn")
+    assert module.rates == expected["rates"]
+    assert not torch.equal(module.network[0].weight, expected["weights"]["0.weight"])  # it ends with the average
+
+
 # ---------------------------------------------------------------------------------------------- transformers
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from averaging import Average
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules, train
 
@@ -145,8 +146,8 @@ def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_pa
     using, learning_code = (part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:3])
     code = using
     if learning:
-        loop = using[using.index("for epoch in"):]
-        code = re.sub(r"\.\.\.  # the same loop.*\n", lambda _: loop, learning_code)
+        imports, loop = using[:using.index("schedule =")], using[using.index("averaged ="):]
+        code = imports + re.sub(r"\.\.\.  # the same loop.*\n", lambda _: loop, learning_code)
     task = Batches()
     network, optimizer = network_and_optimizer()
     names = {"torch": torch, "functional": functional, "itertools": itertools, "network": network,
@@ -159,11 +160,13 @@ def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_pa
         net = MLRSNet()
         schedule = MetaMLRSNetLR(optimizer, net, other, MetaStream(task, other), **arguments, t_val=10)
     else:
-        schedule = MLRSNetLR(optimizer, load_schedules(), **arguments)
-    steps = list(train(other, task, optimizer, schedule, 90))
+        schedule = MLRSNetLR(optimizer, load_schedules("average"), **arguments)
+    average = Average(other, 1 - 1 / task.steps_per_epoch)
+    steps = list(average.following(train(other, task, optimizer, schedule, 90)))
     assert len(steps) == names["schedule"].num_steps == 180
     assert names["schedule"].get_last_lr() == schedule.get_last_lr()
     pairs = [(network, other), *zip(names["schedule"].nets, schedule.nets, strict=True)]
+    pairs.append((names["averaged"].module, average.model.module))  # what their first steps differ in has died away
     for one, two in pairs:
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     if learning:
