@@ -27,7 +27,8 @@ class NoNumbers(TorchDispatchMode):
 
 
 def digits(device=CPU, **options):
-    return build_task("digits", Path(), batch_size=16, num_meta=20, limit_train=64, device=device, **options)
+    sizes = {"batch_size": 16, "num_meta": 20, "limit_train": 64, **options}
+    return build_task("digits", Path(), device=device, **sizes)
 
 
 def parts(kind, task, fused, device=CPU):
@@ -122,7 +123,7 @@ def test_fresh_statistics_of_a_compiled_network_compile_nothing():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_call_of_a_steady_step_waits_for_the_gpu(kind):
     device = torch.device("cuda")
-    task = digits(device)
+    task = digits(device, num_meta=80)  # five meta batches, since the host waits where it reorders the meta images
     steps = train(*_loop(parts(kind, task, fused=False, device=device), task))
     for _ in range(3):
         next(steps)
