@@ -196,7 +196,7 @@ class Checkpoint:
 
     def save(self, step: int, hidden: Any) -> None:
         """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         state = {
             "format": FORMAT,
             "arguments": self.arguments,

@@ -200,13 +200,14 @@ def plain(value: Any) -> Any:
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """The record that makes a run repeatable: command, arguments, versions, commit, hardware."""
+    """The record that makes a run repeatable: command, arguments, versions, commit, and the hardware that it uses."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device = pick_device(getattr(args, "device", "cpu"))
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     cpu = next(iter(re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))), platform.processor())
     return {
         "arguments": {key: plain(value) for key, value in vars(args).items()},

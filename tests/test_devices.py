@@ -1,5 +1,6 @@
-"""What makes an accelerator fast: nothing waits for the host, nothing is compiled twice."""
+"""An accelerator: nothing waits for the host, nothing is compiled twice, and a record names the one in use."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlr_snet
+import utils
 from averaging import Average
 from baselines import build_baseline
 from data import build_task
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
 from models import build_network
-from utils import build_optimizer
+from utils import build_optimizer, provenance
 
 CPU = torch.device("cpu")
 
@@ -117,6 +119,13 @@ def test_fresh_statistics_of_a_compiled_network_compile_nothing():
         assert counter.frame_count == 0
         task.evaluate(network)
     assert counter.frame_count > 0
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("cpu", None), ("auto", "a GPU")])
+def test_provenance_names_a_gpu_only_where_the_run_uses_it(monkeypatch, device, gpu):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    assert provenance(argparse.Namespace(device=device))["hardware"]["gpu"] == gpu
 
 
 @pytest.mark.gpu
