@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from run_folder import Checkpoint, Cost, Log, Metrics, draw
 from utils import (
     FolderLock,
     autocast,
+    built_within_memory,
     checksum,
     choose_algorithms,
     first_line,
@@ -68,7 +70,8 @@ def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
     else:
         sizes = {"image_size": task.image_size}
     torch.manual_seed(args.seed)
-    network = build_network(args.network, task.num_classes, **sizes).to(device).to(memory_format=torch.channels_last)
+    network = built_within_memory(partial(build_network, args.network, task.num_classes, **sizes), args.network)
+    network = network.to(device).to(memory_format=torch.channels_last)
     if args.init and not (args.out / "checkpoint.pth").exists():
         try:
             network.load_state_dict(torch.load(args.init, map_location="cpu", weights_only=True))

@@ -1,4 +1,4 @@
-"""Device and precision, the optimizer, files, and the provenance of a run."""
+"""Device and precision, the optimizer, memory, files, and the provenance of a run."""
 
 import argparse
 import contextlib
@@ -11,10 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from distributed import rank, world_size
@@ -65,6 +65,50 @@ def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
     if precision == "fp32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def check_memory(
+    num_bytes: int, what: str, remedy: str = "lower --image-size or --batch-size, or use fewer images"
+) -> None:
+    """ValueError if `what` needs more bytes than there is memory, as far as the system tells."""
+    available = _available_memory()
+    if available is not None and num_bytes > available:
+        raise ValueError(
+            f"{what} need {num_bytes / 2**30:,.1f} GiB of memory, and {available / 2**30:,.1f} GiB are available; "
+            f"{remedy}"
+        )
+
+
+def built_within_memory(build: Callable[[], Module], name: str) -> Module:
+    """What `build` returns. ValueError, before anything is allocated, if its weights need more memory than there is.
+
+    Some systems grant any amount, and kill the process that uses it.
+    """
+    with torch.device("meta"):  # shapes without numbers
+        shapes = build()
+    check_memory(sum(weight.nbytes for weight in shapes.parameters()), f"the weights of {name}", "lower its sizes")
+    return build()
+
+
+def _available_memory() -> int | None:
+    """Bytes that can be allocated without swapping; None if the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- files

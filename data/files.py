@@ -1,4 +1,4 @@
-"""Reading image files: every format as RGB, bad files by name, class folders, and what fits in memory."""
+"""Reading image files: every format as RGB, bad files by name, and class folders."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import resize
 
 from distributed import rank
-from utils import first_line
+from utils import check_memory, first_line
 
 from . import cache
 
@@ -129,28 +129,3 @@ def _report(errors: list[ImageFileError], folder: Path, total: int) -> None:
         for error in errors[:MOST_REPORTED]:
             print(f"skipped {error.path}: {error.cause}", file=sys.stderr)
         print(f"{folder}: skipped {len(errors)} of {total} images", file=sys.stderr)
-
-
-def check_memory(num_bytes: int, what: str) -> None:
-    """ValueError if `what` needs more bytes than there is memory, as far as the system tells."""
-    available = _available_memory()
-    if available is not None and num_bytes > available:
-        raise ValueError(
-            f"{what} need {num_bytes / 2**30:,.1f} GiB of memory, and {available / 2**30:,.1f} GiB are available; "
-            "lower --image-size or --batch-size, or use fewer images"
-        )
-
-
-def _available_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None if the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):
-        return None

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distributed import Hidden, all_reduce_sum, broadcast_buffers, shard, world_size
+from utils import check_memory
 
 from .corruption import Corruption, noisy_labels
-from .files import check_memory
 from .sampling import balanced_sample, generator_for, without
 
 # A plan lists the batches to come: the indices of their images, and the key that seeds their augmentation, or None.

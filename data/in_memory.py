@@ -11,10 +11,10 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.functional import resize
 
-from utils import first_line
+from utils import check_memory, first_line
 
 from .corruption import read_cifar_c
-from .files import check_memory, class_folders, decode
+from .files import class_folders, decode
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
@@ -13,7 +14,7 @@ from measuring import chosen_gamma  # noqa: E402
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
 from run_arguments import add_gamma, add_run_arguments, add_task_arguments, parse_run_arguments  # noqa: E402
 from trainer import Trainer, build, build_average  # noqa: E402
-from utils import build_optimizer, save  # noqa: E402
+from utils import build_optimizer, built_within_memory, save  # noqa: E402
 
 EXAMPLES = """\
   python meta-train/meta-train.py --network resnet8 --dataset digits --num-meta 200 \\
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
         task, network = build(args)
-        net = MLRSNet(args.hidden_size, args.num_layers).to(next(network.parameters()).device)
+        net = built_within_memory(partial(MLRSNet, args.hidden_size, args.num_layers), "MLR-SNet")
+        net = net.to(next(network.parameters()).device)
         optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
         average = build_average(args, network, task.steps_per_epoch)

@@ -59,7 +59,7 @@ OUT_OF_RANGE = [
     (META_TRAIN, ["--num-meta", "1437"], "images that can be set aside"),
     (META_TRAIN, ["--limit-train", "5000"], "--limit-train 5000"),
     (META_TRAIN, ["--limit-test", "361"], "--limit-test 361"), (META_TRAIN, ["--image-size", "30000"], "memory"),
-    (META_TRAIN, ["--hidden-size", "1000000"], "memory"),
+    (META_TRAIN, ["--hidden-size", "1000000"], "weights of MLR-SNet need"),
 ]
 CHOICES = [
     (META_TRAIN, ["--network", "nonsense"], "invalid choice"),
@@ -81,7 +81,8 @@ TOGETHER = [
     (META_TRAIN, [*TEXT, "--num-meta", "10"], "does not apply"),
     (META_TRAIN, [*TEXT, "--image-size", "8"], "does not apply"),
     (META_TRAIN, [*TEXT, "--seq-len", "100000"], "lower --batch-size or --seq-len"),
-    (META_TRAIN, [*TEXT, "--embed-size", "200000000"], "memory"), (META_TRAIN, [*TEXT, "--dropout", "2"], "at most 1"),
+    (META_TRAIN, [*TEXT, "--embed-size", "200000000"], "weights of lstm2 need"),
+    (META_TRAIN, [*TEXT, "--dropout", "2"], "at most 1"),
     (META_TEST, ["--lr", "0.1"], "leave --lr out"), (META_TEST, ["--beta", "0.1"], "no --beta"),
     (META_TEST, ["--schedule", "l4mom", "--lr", "0.1"], "leave --lr out"),
     (META_TEST, ["--schedule", "fixed", "--beta", "0.1"], "no --beta"),
