@@ -788,8 +788,8 @@ class MLRSNetLR:
     loss of the epoch before; "auto" is "paper" for SGD without momentum and refuses other optimizers. With
     perplexity=True (language models) num_classes is the size of the vocabulary, γ comes from exp(loss) and the net
     sees loss / ln(num_classes). Parameter groups keep the ratios of their initial rates; the largest gets the learned
-    rate. On an accelerator no step waits for the host if the nets lie there too and the optimizer is fused. Raises
-    ValueError for arguments that do not describe a run.
+    rate. On an accelerator the host waits only where γ is set, if the nets lie there too and the optimizer is fused.
+    Raises ValueError for arguments that do not describe a run.
     """
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept

@@ -1,4 +1,4 @@
-"""An accelerator: nothing waits for the host, nothing is compiled twice, and a record names the one in use."""
+"""An accelerator: the host does not wait for it, nothing is compiled twice, and a record names the one in use."""
 
 import argparse
 from pathlib import Path
