@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 from distributed import average_buffers
 from mlr_snet import Update, lookahead, preserved
@@ -58,11 +58,13 @@ class Average:
         if not 0 <= decay < 1:
             raise ValueError(f"average decay {decay}: must be at least 0 and below 1")
         self.network, self.decay = network, decay
-        self.model = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.update()  # the first one copies
+        self.parameters: list[Tensor] = list(network.parameters())
+        self.weights = [parameter.detach().clone() for parameter in self.parameters]
 
+    @torch.no_grad()
     def update(self) -> None:
-        self.model.update_parameters(self.network)
+        # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
+        torch._foreach_lerp_(self.weights, self.parameters, 1 - self.decay)
 
     def following(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The steps of a training loop, each with its update()."""
@@ -80,7 +82,7 @@ class Average:
     @contextlib.contextmanager
     def swapped_in(self, task: Any) -> Iterator[nn.Module]:
         """The network at w̄_t inside the block, ready to be evaluated. Restores it bit for bit on exit."""
-        with preserved(self.network.parameters()):
+        with preserved(self.parameters):
             self._mix_in(1.0)
             with fresh_statistics(self.network, task):
                 yield self.network
@@ -88,11 +90,11 @@ class Average:
     @torch.no_grad()
     def _mix_in(self, share: float) -> None:
         """w ← share·w̄_t + (1 − share)·w."""
-        for parameter, mean in zip(self.network.parameters(), self.model.parameters(), strict=True):
-            parameter.lerp_(mean, share)
+        torch._foreach_lerp_(self.parameters, self.weights, share)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.model.state_dict()
+        return {"weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state)
+        for weight, saved in zip(self.weights, state["weights"], strict=True):
+            weight.copy_(saved)

@@ -218,13 +218,24 @@ def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
 @contextmanager
 def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
     """Restores the tensors bit for bit on exit; yields their copies by tensor."""
-    copies = {tensor: tensor.detach().clone() for tensor in tensors}
+    copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors}
+    _copy_all(copies.keys(), copies.values())
     try:
         yield copies
     finally:
-        with torch.no_grad():
-            for tensor, value in copies.items():
-                tensor.copy_(value)
+        _copy_all(copies.values(), copies.keys())
+
+
+@torch.no_grad()
+def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    """Each source into its target: one call per dtype and device, since an accelerator's host pays per call."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        ones, others = kinds.setdefault((source.dtype, source.device), ([], []))
+        ones.append(source)
+        others.append(target)
+    for ones, others in kinds.values():
+        torch._foreach_copy_(others, ones)
 
 
 @contextmanager
@@ -474,11 +485,12 @@ def _copy(direction: Tensor, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def descend(update: Update, lr: float | Tensor) -> None:
     """w ← w − lr·d_t for every parameter of the update, in place."""
+    negative = -lr
     for parameter, direction in update.items():
-        if isinstance(lr, Tensor):
-            parameter.addcmul_(direction(parameter), -lr.to(parameter))
+        if isinstance(negative, Tensor):
+            parameter.addcmul_(direction(parameter), negative.to(parameter))
         else:
-            parameter.sub_(direction(parameter), alpha=lr)
+            parameter.add_(direction(parameter), alpha=negative)
 
 
 # ---------------------------------------------------------------------------------------------- the hypergradient
@@ -514,7 +526,7 @@ def hypergradient(
     def reduce(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """Replace the gradient by its inner product with d_t: all gradients at once would be a copy of the network."""
         terms[parameter] = update[parameter](weights[parameter]).mul_(gradient).sum()
-        return gradient.new_zeros(()).expand_as(gradient)
+        return terms[parameter].expand_as(gradient)
 
     with meta_point(network, update, lr) as weights, torch.enable_grad(), ExitStack() as hooks:
         loss = meta_loss()

@@ -20,8 +20,8 @@ def shifted_average(network, decay=0.9):
     """An average that has drifted away from the network's weights."""
     average = Average(network, decay)
     with torch.no_grad():
-        for parameter in average.model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+        for weight in average.weights:
+            weight.add_(0.1 * torch.randn(weight.shape, dtype=weight.dtype))
     return average
 
 
@@ -32,10 +32,9 @@ def test_hypergradient_at_the_average_equals_autograd_through_the_averaging_step
     slope = hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), average)
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     group, ahead = optimizer.param_groups[0], {}
-    means = dict(average.model.module.named_parameters())
-    for key, parameter in network.named_parameters():
+    for (key, parameter), mean in zip(network.named_parameters(), average.weights, strict=True):
         direction = written_out_direction(name, group, optimizer.state[parameter], parameter, parameter.grad).detach()
-        ahead[key] = 0.9 * means[key].detach() + 0.1 * (parameter.detach() - lr * direction)
+        ahead[key] = 0.9 * mean + 0.1 * (parameter.detach() - lr * direction)
     images, labels = batch(99)
     buffers = {key: value.clone() for key, value in network.named_buffers()}
     nn.functional.cross_entropy(functional_call(network, {**ahead, **buffers}, (images,)), labels).backward()
@@ -58,7 +57,7 @@ def test_the_average_is_the_exponential_one_from_the_first_weights_on():
             weight.add_(torch.randn_like(weight))
         average.update()
         expected = 0.8 * expected + 0.2 * weight.detach()
-    torch.testing.assert_close(average.model.module[0].weight.detach(), expected)
+    torch.testing.assert_close(average.weights[0], expected)
 
 
 @pytest.mark.parametrize(("steps", "decay"), [(1, 0.9), (50, 0.98), (10**6, 0.999)])

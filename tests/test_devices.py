@@ -64,7 +64,7 @@ def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatc
         for module in (mlr_snet,):  # as if the tensors lay on an accelerator
             monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
     task = digits()
-    steps = train(*_loop(parts(kind, task, fused=True), task))
+    steps = loop(parts(kind, task, fused=True), task)
     for _ in range(3):
         next(steps)  # the first sets γ
     with NoNumbers():
@@ -72,18 +72,21 @@ def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatc
     assert all(0 < float(step.lr) < 1 and torch.is_tensor(step.loss) for step in taken)
 
 
-def _loop(built, task):
+def loop(built, task):
+    """The scripts' loop over two epochs, with the average's update where there is one."""
     network, optimizer, schedule = built
-    return network, task, optimizer, schedule, 2
+    steps = train(network, task, optimizer, schedule, 2)
+    point = getattr(schedule, "meta_point", None)
+    return point.following(steps) if isinstance(point, Average) else steps
 
 
 @pytest.mark.parametrize("kind", ["meta-test", "lookahead", "adam", "average"])
 def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, monkeypatch):
     task = digits()
-    host = [(step.lr, float(step.loss)) for step in train(*_loop(parts(kind, task, fused=False), task))]
+    host = [(step.lr, float(step.loss)) for step in loop(parts(kind, task, fused=False), task)]
     for module in (mlr_snet,):
         monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
-    device = [(float(step.lr), float(step.loss)) for step in train(*_loop(parts(kind, task, fused=True), task))]
+    device = [(float(step.lr), float(step.loss)) for step in loop(parts(kind, task, fused=True), task)]
     assert [value for pair in device for value in pair] == pytest.approx([v for pair in host for v in pair], rel=2e-3)
 
 
@@ -133,7 +136,7 @@ def test_provenance_names_a_gpu_only_where_the_run_uses_it(monkeypatch, device, 
 def test_no_call_of_a_steady_step_waits_for_the_gpu(kind):
     device = torch.device("cuda")
     task = digits(device, num_meta=80)  # five meta batches, since the host waits where it reorders the meta images
-    steps = train(*_loop(parts(kind, task, fused=False, device=device), task))
+    steps = loop(parts(kind, task, fused=False, device=device), task)
     for _ in range(3):
         next(steps)
     torch.cuda.set_sync_debug_mode("error")

@@ -166,9 +166,10 @@ def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_pa
     assert len(steps) == names["schedule"].num_steps == 180
     assert names["schedule"].get_last_lr() == schedule.get_last_lr()
     pairs = [(network, other), *zip(names["schedule"].nets, schedule.nets, strict=True)]
-    pairs.append((names["averaged"].module, average.model.module))  # what their first steps differ in has died away
-    for one, two in pairs:
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    same = [(one.parameters(), two.parameters()) for one, two in pairs]
+    same.append((names["averaged"].module.parameters(), average.weights))  # what their starts differ in has died away
+    for ones, others in same:
+        assert all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
     if learning:
         saved = torch.load("schedule.pth", weights_only=True)
         assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
