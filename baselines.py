@@ -536,7 +536,10 @@ def dadaptation(name: str, parameters: Any, lr: float, momentum: float, weight_d
     """D-Adaptation: SGD or Adam that find their rate; lr multiplies it. Source: Defazio and Mishchenko, 2023."""
     if name == "sgd":
         make = _from_package("dadaptation", "DAdaptSGD", "--schedule dadaptation")
-        return make(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        optimizer = make(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if "g0_norm" in optimizer.defaults:  # version 2, which does not tell its rate
+            raise ValueError("--schedule dadaptation needs dadaptation 3: pip install --upgrade dadaptation")
+        return optimizer
     make = _from_package("dadaptation", "DAdaptAdam", "--schedule dadaptation")
     with contextlib.redirect_stdout(io.StringIO()):  # it announces decoupled weight decay
         return make(parameters, lr=lr, weight_decay=weight_decay, decouple=name == "adamw")

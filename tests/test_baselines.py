@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,17 @@ def test_a_package_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", sys)
     with pytest.raises(ValueError, match="needs a transformers with GreedyLR: pip install --upgrade transformers"):
         build_baseline("greedy", "sgd", nn.Linear(1, 1), Short(), 2)
+
+
+def test_a_dadaptation_that_does_not_tell_its_rate_is_refused(monkeypatch):
+    class OfVersion2(torch.optim.SGD):
+        def __init__(self, parameters, **options):
+            super().__init__(parameters, **options)
+            self.defaults["g0_norm"] = 0.0
+
+    monkeypatch.setitem(sys.modules, "dadaptation", SimpleNamespace(DAdaptSGD=OfVersion2))
+    with pytest.raises(ValueError, match="needs dadaptation 3: pip install --upgrade dadaptation"):
+        build_baseline("dadaptation", "sgd", nn.Linear(1, 1), Short(), 2)
 
 
 # ---------------------------------------------------------------------------------------------- Lightning's LR finder

@@ -150,7 +150,7 @@ def test_a_table_says_what_its_runs_say(tmp_path):
 ])
 def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_one(tmp_path, methods):
     smoke = {"network": "resnet8", "dataset": "digits", "limit-train": "100", "limit-test": "50", "batch-size": "25",
-             "num-meta": "50", "average": ""}
+             "num-meta": "50", "average": "", "device": "cpu"}
 
     def cells(run_length):
         return [Cell("line", method, 0, tuple({**smoke, "num-epoch": run_length}.items()), 1) for method in methods]
