@@ -19,7 +19,7 @@ from tqdm import tqdm
 from distributed import all_gather, gather_hidden, rank, shard_hidden
 from utils import COSTS, checksum, first_line, peak_memory_mib, plain, save, write_atomically
 
-FORMAT = 2  # of checkpoint.pth
+FORMAT = 3  # of checkpoint.pth
 
 
 class Metrics:
