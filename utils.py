@@ -1,26 +1,151 @@
-"""Device and precision, the optimizer, memory, files, and the provenance of a run."""
+"""What all the rest stands on: the ranks, the optimizer, device and precision, memory, and files."""
 
-import argparse
+import atexit
 import contextlib
 import hashlib
 import io
 import os
-import platform
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from distributed import rank, world_size
+from mlr_snet import all_reduce_mean
 
 ROOT = Path(__file__).resolve().parent
 COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart; in cost.json
+
+# ---------------------------------------------------------------------------------------------- torchrun's ranks
+
+# Batches are global: every rank draws the same batch and keeps its shard. A rank's loss is its shard's sum, divided by
+# the global number of targets and multiplied by the world size. So the mean over the ranks is the loss of the whole
+# batch, and DistributedDataParallel's mean of the gradients is its gradient, even where shards differ in size. In a
+# single process all of this does nothing.
+
+
+def init_distributed(device: torch.device) -> torch.device:
+    """Connect to the other ranks if torchrun started this process, and return this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shard(number: int) -> tuple[slice, bool]:
+    """This rank's part of `number` items, and whether it is a duplicate.
+
+    With fewer items than ranks, some ranks get an item that another rank has, too. Such a duplicate lets the rank take
+    part in the step, and must not count.
+    """
+    this, ranks = rank(), world_size()
+    if number < ranks:
+        item = min(this, number - 1)
+        return slice(item, item + 1), this >= number
+    return slice(this * number // ranks, (this + 1) * number // ranks), False
+
+
+def all_reduce_sum(*numbers: float) -> list[float]:
+    """The sum of each number over the ranks."""
+    if world_size() == 1:
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether the error means that another rank has ended. Under gloo, torch has no exception class for it."""
+    words = ("gloo", "nccl", "connection", "timed out")
+    return world_size() > 1 and any(word in str(error).lower() for word in words)
+
+
+def data_parallel(network: nn.Module) -> nn.Module:
+    """The network as the loop calls it: backward() leaves the mean of the ranks' gradients in .grad."""
+    if world_size() == 1:
+        return network
+    # NASNet's cells have parameters that they do not use.
+    return DistributedDataParallel(network, find_unused_parameters=getattr(network, "has_unused_parameters", False))
+
+
+@contextmanager
+def averaged_gradients(network: nn.Module) -> Iterator[None]:
+    """Inside the block backward() leaves the mean of the ranks' gradients in .grad, without DistributedDataParallel."""
+    handles = []
+    if world_size() > 1:
+        handles = [parameter.register_hook(all_reduce_mean) for parameter in network.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, among them the BatchNorm statistics used in evaluation."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def average_buffers(network: nn.Module) -> None:
+    """Replace the BatchNorm statistics by their mean over the ranks."""
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(all_reduce_mean(buffer))
+
+
+Hidden = Sequence[Tensor] | None  # a language model's states, (layers, columns, width) each; None for images
+
+
+def gather_hidden(hidden: Hidden) -> Hidden:
+    """The hidden states of all ranks side by side, on the CPU."""
+    if hidden is None or world_size() == 1:
+        return hidden
+    parts = all_gather([state.cpu() for state in hidden])
+    return tuple(torch.cat(states, 1) for states in zip(*parts, strict=True))
+
+
+def shard_hidden(hidden: Hidden) -> Hidden:
+    """This rank's columns of the hidden states of all ranks, for any world size."""
+    if hidden is None or world_size() == 1:
+        return hidden
+    return tuple(state[:, shard(state.shape[1])[0]].contiguous() for state in hidden)
+
+
+def _device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the optimizer
 
 
 def build_optimizer(name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
@@ -111,6 +236,17 @@ def _available_memory() -> int | None:
         return None
 
 
+def peak_memory_mib() -> float:
+    """The most memory that this process has held: on the GPU where it uses one, else resident; 0 where unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -170,94 +306,8 @@ def checksum(*values: Any) -> str:
     return digest.hexdigest()
 
 
-class FolderLock:
-    """Keeps a folder to one process. The operating system releases the lock with the process, even by kill -9.
-
-    The file `.lock` stays in the folder: what counts is the lock on it, not that it exists.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.file: Any = None
-
-    def acquire(self) -> None:
-        """Lock the folder, and create it where it is missing. ValueError that names the process that holds it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        file = open(self.folder / ".lock", "a+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            pid, _, command = file.read().decode().strip().partition(" ")
-            file.close()
-            raise ValueError(
-                f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
-            ) from None
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()} {' '.join(sys.argv)}\n".encode())
-        except OSError as error:
-            file.close()
-            raise OSError(f"{file.name}: could not be written ({error.strerror}); make room") from None
-        self.file = file
-
-    def release(self) -> None:
-        """Free the folder, where it is locked."""
-        if self.file:
-            import fcntl
-
-            fcntl.flock(self.file, fcntl.LOCK_UN)  # to close it is not enough: a forked worker has it open, too
-            self.file.close()
-            self.file = None
-
-    def __enter__(self) -> "FolderLock":
-        self.acquire()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.release()
-
-
-# ---------------------------------------------------------------------------------------------- provenance
-
-
-def peak_memory_mib() -> float:
-    """The most memory that this process has held: on the GPU where it uses one, else resident; 0 where unknown."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 def plain(value: Any) -> Any:
     """The value as JSON keeps it."""
     if isinstance(value, Path):
         return str(value.absolute())
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """The record that makes a run repeatable: command, arguments, versions, commit, and the hardware that it uses."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    device = pick_device(getattr(args, "device", "cpu"))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    cpu = next(iter(re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))), platform.processor())
-    return {
-        "arguments": {key: plain(value) for key, value in vars(args).items()},
-        "command": sys.argv,
-        "commit": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-                     "ranks": world_size()},
-    }

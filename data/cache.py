@@ -17,7 +17,7 @@ import torchvision
 from PIL import features
 from torch import Tensor
 
-from distributed import rank
+from utils import rank
 
 MOST_BYTES = 8 * 2**30  # of the whole cache; the entries unused for longest make room for new ones
 DIGEST_BYTES = 32

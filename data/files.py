@@ -13,8 +13,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import resize
 
-from distributed import rank
-from utils import check_memory, first_line
+from utils import check_memory, first_line, rank
 
 from . import cache
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distributed import Hidden, all_reduce_sum, broadcast_buffers, shard, world_size
-from utils import check_memory
+from utils import Hidden, all_reduce_sum, broadcast_buffers, check_memory, shard, world_size
 
 from .corruption import Corruption, noisy_labels
 from .sampling import balanced_sample, generator_for, without

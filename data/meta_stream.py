@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distributed import Hidden, gather_hidden, shard_hidden
 from mlr_snet import Task
+from utils import Hidden, gather_hidden, shard_hidden
 
 
 def schedule_arguments(task: Task, num_epochs: int) -> dict[str, Any]:

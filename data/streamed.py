@@ -14,8 +14,7 @@ from torchvision import transforms
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from distributed import shard
-from utils import first_line
+from utils import first_line, shard
 
 from .corruption import Corruption
 from .files import ImageFileError, Samples, class_folders, read_image, readable

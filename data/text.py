@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
 
-from distributed import Hidden, all_reduce_sum, shard, world_size
-from utils import first_line
+from utils import Hidden, all_reduce_sum, first_line, shard, world_size
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")

@@ -16,9 +16,9 @@ from torch import Tensor
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from command_line import number, number_or, user_errors  # noqa: E402
-from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules  # noqa: E402
-from run_arguments import net_files  # noqa: E402
+from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules
+from training.arguments import net_files
+from training.command_line import number, number_or, user_errors
 
 LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
 SETTLED = 500  # steps at one loss after which the LSTM state no longer moves

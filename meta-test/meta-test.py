@@ -7,21 +7,21 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline  # noqa: E402
-from command_line import Parser, number, number_or, user_errors  # noqa: E402
-from data import IMAGES  # noqa: E402
-from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
-from measuring import chosen_gamma, measure  # noqa: E402
-from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules  # noqa: E402
-from run_arguments import (  # noqa: E402
+from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline
+from data import IMAGES
+from data.meta_stream import MetaStream, schedule_arguments
+from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
+from training.arguments import (
     add_gamma,
     add_run_arguments,
     add_task_arguments,
     net_files,
     parse_run_arguments,
 )
-from trainer import Trainer, build, build_average  # noqa: E402
-from utils import build_optimizer  # noqa: E402
+from training.command_line import Parser, number, number_or, user_errors
+from training.measuring import chosen_gamma, measure
+from training.trainer import Trainer, build, build_average
+from utils import build_optimizer
 
 EXAMPLES = """\
   python meta-test/meta-test.py --network resnet20 --dataset digits --num-epoch 20 \\

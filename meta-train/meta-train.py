@@ -8,13 +8,13 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from command_line import Parser, number, number_or, user_errors  # noqa: E402
-from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
-from measuring import chosen_gamma  # noqa: E402
-from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead  # noqa: E402
-from run_arguments import add_gamma, add_run_arguments, add_task_arguments, parse_run_arguments  # noqa: E402
-from trainer import Trainer, build, build_average  # noqa: E402
-from utils import build_optimizer, built_within_memory, save  # noqa: E402
+from data.meta_stream import MetaStream, schedule_arguments
+from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead
+from training.arguments import add_gamma, add_run_arguments, add_task_arguments, parse_run_arguments
+from training.command_line import Parser, number, number_or, user_errors
+from training.measuring import chosen_gamma
+from training.trainer import Trainer, build, build_average
+from utils import build_optimizer, built_within_memory, save
 
 EXAMPLES = """\
   python meta-train/meta-train.py --network resnet8 --dataset digits --num-meta 200 \\

@@ -30,21 +30,21 @@ from torchvision.transforms.functional import to_pil_image
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[1]), str(SCRIPT.parent)]
 
-from averaging import Average, auto_decay  # noqa: E402
-from baselines import build_baseline  # noqa: E402
-from command_line import number, user_errors  # noqa: E402
-from data import IMAGES, build_task  # noqa: E402
-from data.images import ImageData, ImageTask  # noqa: E402
-from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, lr_scale, train  # noqa: E402
-from models import IMAGE_NETWORKS, build_network  # noqa: E402
-from utils import (  # noqa: E402
+from baselines import build_baseline
+from data import IMAGES, build_task
+from data.images import ImageData, ImageTask
+from data.meta_stream import MetaStream, schedule_arguments
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, lr_scale, train
+from models import IMAGE_NETWORKS, build_network
+from training.averaging import Average, auto_decay
+from training.command_line import number, user_errors
+from training.folder import provenance
+from utils import (
     autocast,
     build_optimizer,
     choose_algorithms,
     peak_memory_mib,
     pick_device,
-    provenance,
     read_text,
     write_atomically,
 )

@@ -36,7 +36,8 @@ from mlr_snet import UNTRAINED_STEPS, NoScaleError, _run_over_trial, _smoothed, 
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
-from utils import provenance, write_atomically
+from training.folder import provenance
+from utils import write_atomically
 
 # ---------------------------------------------------------------------------------------------- networks
 

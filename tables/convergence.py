@@ -21,9 +21,10 @@ from torch import Tensor
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from command_line import number, user_errors  # noqa: E402
-from mlr_snet import MLRSNet, load_schedules  # noqa: E402
-from utils import provenance, write_atomically  # noqa: E402
+from mlr_snet import MLRSNet, load_schedules
+from training.command_line import number, user_errors
+from training.folder import provenance
+from utils import write_atomically
 
 DIMENSION, EXAMPLES, REGULARISER, NOISE = 50, 500, 0.05, 0.3
 PRESETS = {"desk": [250 * 2**power for power in range(7)], "smoke": [50, 100, 200]}

@@ -20,7 +20,8 @@ from typing import Any
 from cells import Cell
 from tqdm import tqdm
 
-from utils import FolderLock, read_text, write_atomically
+from training.folder import FolderLock
+from utils import read_text, write_atomically
 
 
 class CellRun:

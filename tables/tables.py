@@ -15,12 +15,12 @@ SCRIPT = Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 
-from cells import Cell, cells_of, parse  # noqa: E402
-from cluster import build_executor, threads_of  # noqa: E402
-from page import is_available, write_page  # noqa: E402
-from race import Race  # noqa: E402
-from regret import write_regret  # noqa: E402
-from report import (  # noqa: E402
+from cells import Cell, cells_of, parse
+from cluster import build_executor, threads_of
+from page import is_available, write_page
+from race import Race
+from regret import write_regret
+from report import (
     COST_COLUMNS,
     by_problem,
     draw,
@@ -30,10 +30,10 @@ from report import (  # noqa: E402
     write_csv,
     write_markdown,
 )
-from specs import METHODS, OLDER_NAMES, TABLES  # noqa: E402
+from specs import METHODS, OLDER_NAMES, TABLES
 
-from command_line import Parser, number, user_errors  # noqa: E402
-from utils import FolderLock  # noqa: E402
+from training.command_line import Parser, number, user_errors
+from training.folder import FolderLock
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "seed": "use --seeds N for the seeds 0 to N - 1",

@@ -10,18 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from averaging import Average  # noqa: E402
-from baselines import build_baseline  # noqa: E402
-from data import build_task  # noqa: E402
-from data.meta_stream import MetaStream, schedule_arguments  # noqa: E402
-from data.text import TextData, TextTask  # noqa: E402
-from distributed import data_parallel, gather_hidden, init_distributed, rank, world_size  # noqa: E402
-from mlr_snet import MetaMLRSNetLR, MLRSNet, train  # noqa: E402
-from models import build_network  # noqa: E402
-from utils import build_optimizer  # noqa: E402
+from baselines import build_baseline
+from data import build_task
+from data.meta_stream import MetaStream, schedule_arguments
+from data.text import TextData, TextTask
+from mlr_snet import MetaMLRSNetLR, MLRSNet, train
+from models import build_network
+from training.averaging import Average
+from utils import build_optimizer, data_parallel, gather_hidden, init_distributed, rank, world_size
 
 CPU = torch.device("cpu")
 

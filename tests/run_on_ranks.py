@@ -14,7 +14,7 @@ apart = sys.argv[1] == "--apart"
 sys.argv = sys.argv[2:] if apart else sys.argv[1:]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils  # noqa: E402
+import utils
 
 RANK = int(os.environ["RANK"])
 write, seed = utils.write_atomically, torch.manual_seed

@@ -10,8 +10,8 @@ from test_scripts import META_TEST, META_TRAIN, SMALL, call, kill_and_resume, re
 from torch import nn
 from torch.func import functional_call
 
-from averaging import Average, auto_decay
 from mlr_snet import hypergradient
+from training.averaging import Average, auto_decay
 
 AVERAGED = [*SMALL, "--num-meta", "100", "--t-val", "2", "--meta-point", "average", "--average"]
 

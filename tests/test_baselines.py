@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 import baselines
 from baselines import SCHEDULES, ClosedForm, LightningFinder, Val, build_baseline, default_lr
-from measuring import measure
+from training.measuring import measure
 
 EPOCHS, STEPS = 75, 4
 

@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlr_snet
 import utils
-from averaging import Average
 from baselines import build_baseline
 from data import build_task
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
 from models import build_network
-from utils import build_optimizer, provenance
+from training.averaging import Average
+from training.folder import provenance
+from utils import build_optimizer
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ import torch
 from on_ranks import RUNS
 from test_scripts import META_TRAIN, ONE_THREAD, ROOT, TRAIN, results, run
 
-from distributed import shard
+import utils
+from utils import shard
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -44,14 +45,12 @@ def test_two_ranks_are_bit_identical_and_equal_to_one_process_on_the_same_batche
 
 
 def test_the_shares_of_all_ranks_make_the_whole(monkeypatch):
-    import distributed
-
     for ranks in (1, 2, 3, 8):
         for number in (1, 2, 7, 128):
             taken = []
             for me in range(ranks):
-                monkeypatch.setattr(distributed, "rank", lambda me=me: me)
-                monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
+                monkeypatch.setattr(utils, "rank", lambda me=me: me)
+                monkeypatch.setattr(utils, "world_size", lambda ranks=ranks: ranks)
                 mine, is_duplicate = shard(number)
                 assert len(range(number)[mine]) >= 1
                 taken += [] if is_duplicate else range(number)[mine]

@@ -25,7 +25,7 @@ from test_scripts import META_TEST, META_TRAIN, call, results, same
 
 from baselines import SCHEDULES
 from mlr_snet import MLRSNet
-from utils import FolderLock
+from training.folder import FolderLock
 
 TINY = ["--network", "resnet8", "--dataset", "digits", "--limit-train", "64", "--limit-test", "20",
         "--batch-size", "32", "--device", "cpu"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from command_line import Parser
+from training.command_line import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 META_TRAIN = "meta-train/meta-train.py"

@@ -68,7 +68,7 @@ def test_where_the_loss_falls_at_no_rate_a_guess_is_used_and_said(tmp_path, caps
 
 
 def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
-    import measuring
+    from training import measuring
 
     out = tmp_path / "run"
     assert call(capsys, META_TEST, *MOMENTUM, "--out", out).returncode == 0

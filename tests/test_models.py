@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from distributed import gather_hidden, shard_hidden
+import utils
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
+from utils import gather_hidden, shard_hidden
 
 COUNTS = json.loads((Path(__file__).parent / "golden.json").read_text())["fresh_parameter_counts"]
 
@@ -100,10 +101,9 @@ def test_the_layers_of_the_gpt_start_from_weights_of_their_own():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_empty_state_of_the_gpt_is_gathered_and_sharded(ranks, monkeypatch):
-    import distributed
 
-    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-    monkeypatch.setattr(distributed, "all_gather", lambda value: [value] * ranks)
+    monkeypatch.setattr(utils, "world_size", lambda: ranks)
+    monkeypatch.setattr(utils, "all_gather", lambda value: [value] * ranks)
     assert gather_hidden(()) == () and shard_hidden(()) == ()
 
 

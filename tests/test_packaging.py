@@ -17,8 +17,8 @@ NETS = {"mlr_snet_1.pth", "mlr_snet_100.pth", "mlr_snet_200.pth", "mlr_snet_aver
 
 # Ten lines: learn a schedule, then train under the shipped ones, beside modules named as the scripts' own.
 SCRIPT = """
-import torch, utils, distributed, data, models, mlr_snet
-assert utils.MINE and distributed.MINE and data.MINE and models.MINE
+import torch, utils, training, data, models, mlr_snet
+assert utils.MINE and training.MINE and data.MINE and models.MINE
 network, points = torch.nn.Linear(3, 1), torch.randn(8, 3)
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
 loss_on, run = lambda: network(points).square().mean(), {"num_classes": 2, "num_epochs": 3, "steps_per_epoch": 2}
@@ -73,9 +73,9 @@ def test_both_pass_twine_check(dist):
 def test_an_installed_wheel_trains_and_learns_beside_modules_of_the_scripts_names(dist, tmp_path):
     site, project = tmp_path / "site", tmp_path / "project"
     run("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, next(dist.glob("*.whl")))
-    for folder in ("data", "models"):
+    for folder in ("data", "models", "training"):
         (project / folder).mkdir(parents=True)
-    for module in ("utils.py", "distributed.py", "data/__init__.py", "models/__init__.py"):
+    for module in ("utils.py", "training/__init__.py", "data/__init__.py", "models/__init__.py"):
         (project / module).write_text("MINE = True\n")
     (project / "script.py").write_text(SCRIPT)
     out = run("script.py", cwd=project, env=os.environ | {"PYTHONPATH": str(site)})

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from averaging import Average
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules, train
+from training.averaging import Average
 
 ROOT = Path(__file__).resolve().parents[1]
 USE_AND_LEARN = """
@@ -54,8 +54,8 @@ for schedule in (learning, MLRSNetLR(optimizer, [net], **run)):
 assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
 """
 FOREIGN = """
-import utils, data, models, distributed
-assert utils.MINE and data.MINE and models.MINE and distributed.MINE
+import utils, data, models, training
+assert utils.MINE and data.MINE and models.MINE and training.MINE
 """
 HUB = f"""
 import sys
@@ -78,9 +78,8 @@ def run_in(folder, code):
 @pytest.fixture
 def project(tmp_path):
     """A folder of somebody's own project, whose modules have the names of this repository's."""
-    for name in ("utils", "distributed"):
-        (tmp_path / f"{name}.py").write_text("MINE = True\n")
-    for name in ("data", "models"):
+    (tmp_path / "utils.py").write_text("MINE = True\n")
+    for name in ("data", "models", "training"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("MINE = True\n")
     return tmp_path

@@ -22,7 +22,7 @@ from regret import profiled, regrets_of, summaries_of, write_regret, zero_marks
 from report import by_problem, coloured, result_columns, summarise, write_markdown
 from specs import GRIDS, KNOWS_ITS_LENGTH, METHODS, OLDER_NAMES, TABLES, Table
 
-from utils import FolderLock
+from training.folder import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tables" / "tables.py"
@@ -416,7 +416,7 @@ def test_a_locked_folder_names_its_holder_and_is_free_after_kill_9(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from utils import FolderLock
+from training.folder import FolderLock
 lock = FolderLock(Path({str(tmp_path)!r}))
 lock.acquire()
 print("locked", flush=True)

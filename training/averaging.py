@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from distributed import average_buffers
 from mlr_snet import Update, lookahead, preserved
+from utils import average_buffers
 
 
 def auto_decay(steps_per_epoch: int) -> float:

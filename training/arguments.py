@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, folder, number, number_or
 from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, STREAMED, TEXTS
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
+from training.command_line import Parser, folder, number, number_or
 from utils import ROOT, plain
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.

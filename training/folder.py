@@ -1,9 +1,14 @@
-"""What lies in a run's folder: metrics, cost, log, picture and checkpoint."""
+"""What lies in a run's folder: metrics, cost, log, picture, checkpoint, lock, and the provenance of the run."""
 
 import argparse
 import csv
 import io
 import json
+import os
+import platform
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +21,23 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from distributed import all_gather, gather_hidden, rank, shard_hidden
-from utils import COSTS, checksum, first_line, peak_memory_mib, plain, save, write_atomically
+from utils import (
+    COSTS,
+    ROOT,
+    all_gather,
+    checksum,
+    first_line,
+    gather_hidden,
+    peak_memory_mib,
+    pick_device,
+    plain,
+    rank,
+    read_text,
+    save,
+    shard_hidden,
+    world_size,
+    write_atomically,
+)
 
 FORMAT = 3  # of checkpoint.pth
 
@@ -250,3 +270,75 @@ class Checkpoint:
         if state.pop("checksum", None) != checksum(state):
             raise ValueError(f"{self.path} is damaged: its content does not match its checksum; restore a copy of it")
         return state
+
+
+class FolderLock:
+    """Keeps a folder to one process. The operating system releases the lock with the process, even by kill -9.
+
+    The file `.lock` stays in the folder: what counts is the lock on it, not that it exists.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file: Any = None
+
+    def acquire(self) -> None:
+        """Lock the folder, and create it where it is missing. ValueError that names the process that holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        file = open(self.folder / ".lock", "a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid, _, command = file.read().decode().strip().partition(" ")
+            file.close()
+            raise ValueError(
+                f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
+            ) from None
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {' '.join(sys.argv)}\n".encode())
+        except OSError as error:
+            file.close()
+            raise OSError(f"{file.name}: could not be written ({error.strerror}); make room") from None
+        self.file = file
+
+    def release(self) -> None:
+        """Free the folder, where it is locked."""
+        if self.file:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # to close it is not enough: a forked worker has it open, too
+            self.file.close()
+            self.file = None
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """The record that makes a run repeatable: command, arguments, versions, commit, and the hardware that it uses."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    device = pick_device(getattr(args, "device", "cpu"))
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))), platform.processor())
+    return {
+        "arguments": {key: plain(value) for key, value in vars(args).items()},
+        "command": sys.argv,
+        "commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+                     "ranks": world_size()},
+    }

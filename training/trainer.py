@@ -15,30 +15,33 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from averaging import Average, auto_decay, evaluating
 from baselines import twice_differentiable
-from command_line import end_with_launcher, is_out_of_memory
 from data import TEXTS, build_task
 from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
-from distributed import all_gather, data_parallel, init_distributed, is_lost_rank, rank, world_size
-from measuring import Measurement
 from mlr_snet import Schedule, Step, train
 from models import build_network
-from run_arguments import keeps_average, refuse_used
-from run_folder import Checkpoint, Cost, Log, Metrics, draw
+from training.arguments import keeps_average, refuse_used
+from training.averaging import Average, auto_decay, evaluating
+from training.command_line import end_with_launcher, is_out_of_memory
+from training.folder import Checkpoint, Cost, FolderLock, Log, Metrics, draw, provenance
+from training.measuring import Measurement
 from utils import (
-    FolderLock,
+    all_gather,
     autocast,
     built_within_memory,
     checksum,
     choose_algorithms,
+    data_parallel,
     first_line,
+    init_distributed,
+    is_lost_rank,
     pick_device,
-    provenance,
+    rank,
     save,
+    world_size,
     write_atomically,
 )
 

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from distributed import all_gather
-from utils import first_line
+from utils import all_gather, first_line
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:

@@ -12,10 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from baselines import LightningFinder
-from command_line import is_out_of_memory
 from data.files import ImageFileError
 from data.meta_stream import TrainStream
-from distributed import averaged_gradients, is_lost_rank, rank
 from mlr_snet import (
     MeasuredScale,
     NoScaleError,
@@ -25,7 +23,8 @@ from mlr_snet import (
     measure_lr_scale,
     try_rates,
 )
-from utils import first_line, write_atomically
+from training.command_line import is_out_of_memory
+from utils import averaged_gradients, first_line, is_lost_rank, rank, write_atomically
 
 FILE = "lr_scale.json"
 
