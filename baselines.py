@@ -35,6 +35,7 @@ from mlr_snet import (
     set_lr,
     update_directions,
 )
+from mlr_snet_scale import MeasuredScale, try_rates
 from utils import build_optimizer
 
 
@@ -571,6 +572,16 @@ class LightningFinder:
         if suggestion is None:
             raise ValueError(f"Lightning's LR finder has no suggestion after {len(smoothed)} steps; give more losses")
         return suggestion
+
+
+def lightning_lr_finder(
+    network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Tensor], num_steps: int,
+    max_norm: float | None = None,
+) -> MeasuredScale:
+    """The rate that Lightning's LR finder suggests by default, found as measure_lr_scale finds its own."""
+    finder = LightningFinder()
+    test = try_rates(network, optimizer, next_loss, "range test", finder.rates, max_norm)
+    return MeasuredScale(finder.suggest(test.losses), [test])
 
 
 def _lightning_smoothed(losses: Sequence[float]) -> list[float]:

@@ -19,8 +19,6 @@ Source: Shu, Zhu, Zhao, Meng, Xu, "MLR-SNet: Transferable LR Schedules for Heter
 import copy
 import math
 import pickle
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -164,126 +162,11 @@ def _check_num_classes(num_classes: int, least: int = 1) -> None:
         raise ValueError(f"num_classes {num_classes!r}: give a whole number of at least {least}")
 
 
-# ---------------------------------------------------------------------------------------------- rates and tensors
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean over the ranks, bit-identical on each; the tensor itself in a single process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def on_host(value: Tensor) -> float | Tensor:
-    """A 0-d tensor as a float, unless that would make the host wait for an accelerator."""
-    value = value.detach()
-    return float(value) if value.device.type == "cpu" else value
-
-
-def lr_ratios(optimizer: Optimizer) -> list[float]:
-    """Each parameter group's initial rate over the largest one. ValueError when all are zero."""
-    for group in optimizer.param_groups:
-        if "initial_lr" not in group:
-            group["initial_lr"] = float(group["lr"])
-    rates = [group["initial_lr"] for group in optimizer.param_groups]
-    if max(rates) <= 0:
-        raise ValueError("the optimizer's learning rates are all zero; give at least one group a positive lr")
-    return [rate / max(rates) for rate in rates]
-
-
-@torch.no_grad()
-def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
-    """Give the group with the largest initial rate `lr`, and the others their share of it.
-
-    A rate that is a tensor is filled in place, so that compiled and captured steps see it without recompiling. A rate
-    on an accelerator stays there for a fused optimizer; other optimizers take floats alone.
-    """
-    for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].copy_(torch.as_tensor(lr * ratio))
-        elif isinstance(lr, Tensor) and group.get("fused"):
-            group["lr"] = lr * ratio
-        else:
-            group["lr"] = float(lr) * ratio
-
-
-def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
-    """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-@contextmanager
-def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores the tensors bit for bit on exit; yields their copies by tensor."""
-    copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors}
-    _copy_all(copies.keys(), copies.values())
-    try:
-        yield copies
-    finally:
-        _copy_all(copies.values(), copies.keys())
-
-
-@torch.no_grad()
-def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
-    """Each source into its target: one call per dtype and device, since an accelerator's host pays per call."""
-    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for source, target in zip(sources, targets, strict=True):
-        ones, others = kinds.setdefault((source.dtype, source.device), ([], []))
-        ones.append(source)
-        others.append(target)
-    for ones, others in kinds.values():
-        torch._foreach_copy_(others, ones)
-
-
-@contextmanager
-def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor."""
-    weights = _parameters(optimizer)
-    entries = [*optimizer.state.values(), *optimizer.param_groups]
-    tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
-    before = [{name: value if _has_tensors(value) else copy.deepcopy(value) for name, value in entry.items()}
-              for entry in entries]
-    known = list(optimizer.state)
-    devices = {weight.device for weight in weights if weight.device.type != "cpu"}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind), preserved([*weights, *tensors]) as copies:
-        try:
-            yield copies
-        finally:
-            for parameter in optimizer.state.keys() - known:
-                del optimizer.state[parameter]
-            for entry, values in zip(entries, before, strict=True):
-                for name in entry.keys() - values.keys():
-                    del entry[name]
-                entry.update(values)
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(item, Tensor) for item in value))
-
-
 # ---------------------------------------------------------------------------------------------- update directions, d_t
 
 Options = dict[str, Any]  # of a parameter group
 Moments = dict[str, Any]  # an optimizer's state of one parameter, before the step
 Update = dict[nn.Parameter, Callable[[Tensor], Tensor]]  # for each parameter, d_t from its value w_t
-
-
-def _next_step(state: Moments) -> float | Tensor:
-    return on_host(state["step"]) + 1 if state else 1.0
-
-
-def _averaged(state: Moments, name: str, value: Tensor, beta: float) -> Tensor:
-    """The exponential average `name`, β·average + (1 − β)·value, as the next step will find it."""
-    average = value * (1 - beta)
-    return average.add_(state[name], alpha=beta) if state else average
 
 
 def _sgd(gradient: Tensor, group: Options, state: Moments) -> Tensor:
@@ -295,101 +178,22 @@ def _sgd(gradient: Tensor, group: Options, state: Moments) -> Tensor:
 
 def _adam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
     beta1, beta2 = group["betas"]
-    step = _next_step(state)
-    exp_avg = _averaged(state, "exp_avg", gradient, beta1)
-    exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
-    if group["amsgrad"] and state:
-        exp_avg_sq = torch.maximum(exp_avg_sq, state["max_exp_avg_sq"])
+    step: float | Tensor = 1.0
+    exp_avg, exp_avg_sq = gradient * (1 - beta1), gradient.square() * (1 - beta2)
+    if state:
+        step = on_host(state["step"]) + 1
+        exp_avg.add_(state["exp_avg"], alpha=beta1)
+        exp_avg_sq.add_(state["exp_avg_sq"], alpha=beta2)
+        if group["amsgrad"]:
+            exp_avg_sq = torch.maximum(exp_avg_sq, state["max_exp_avg_sq"])
     root = exp_avg_sq.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     return exp_avg.div_(1 - beta1**step).div_(root)
 
 
-def _nadam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    beta1, beta2 = group["betas"]
-    step = _next_step(state)
-    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (number * group["momentum_decay"])) for number in (step, step + 1))
-    mu_product = on_host((state["mu_product"] if state else torch.tensor(1.0)) * mu)  # torch keeps it in fp32
-    exp_avg = _averaged(state, "exp_avg", gradient, beta1)
-    exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
-    mean = gradient * ((1 - mu) / (1 - mu_product)) + exp_avg * (mu_next / (1 - mu_product * mu_next))
-    return mean.div_(exp_avg_sq.div_(1 - beta2**step).sqrt_().add_(group["eps"]))
-
-
-def _radam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    beta1, beta2 = group["betas"]
-    step = float(_next_step(state))
-    mean = _averaged(state, "exp_avg", gradient, beta1).div_(1 - beta1**step)
-    longest = 2 / (1 - beta2) - 1  # ρ_∞
-    length = longest - 2 * step * beta2**step / (1 - beta2**step)  # ρ_t
-    if length <= 5:  # the variance is not tractable yet
-        return mean
-    rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    exp_avg_sq = _averaged(state, "exp_avg_sq", gradient.square(), beta2)
-    return mean.mul_((rectified * (1 - beta2**step)) ** 0.5).div_(exp_avg_sq.sqrt_().add_(group["eps"]))
-
-
-def _adamax(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    beta1, beta2 = group["betas"]
-    exp_inf = gradient.abs().add_(group["eps"])
-    if state:
-        exp_inf = torch.maximum(exp_inf, state["exp_inf"] * beta2)
-    return _averaged(state, "exp_avg", gradient, beta1).div_(exp_inf).div_(1 - beta1 ** _next_step(state))
-
-
-def _rmsprop(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    variance = _averaged(state, "square_avg", gradient.square(), group["alpha"])
-    if group["centered"]:
-        variance.sub_(_averaged(state, "grad_avg", gradient, group["alpha"]).square_())
-    direction = gradient.div(variance.sqrt_().add_(group["eps"]))
-    if group["momentum"] > 0 and state:
-        direction.add_(state["momentum_buffer"], alpha=group["momentum"])
-    return direction
-
-
-def _adagrad(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    root = (state["sum"] + gradient.square()).sqrt_().add_(group["eps"])
-    return gradient.div(root).div_(1 + (_next_step(state) - 1) * group["lr_decay"])
-
-
-def _adadelta(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    root = _averaged(state, "square_avg", gradient.square(), group["rho"]).add_(group["eps"]).sqrt_()
-    acc_delta = state["acc_delta"] if state else torch.zeros_like(gradient)
-    return acc_delta.add(group["eps"]).sqrt_().div_(root).mul_(gradient)
-
-
-def _muon(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    momentum = group["momentum"]
-    buffer = _averaged(state, "momentum_buffer", gradient, momentum)
-    matrix = (gradient.lerp(buffer, momentum) if group["nesterov"] else buffer).bfloat16()
-    rows, columns = matrix.shape
-    if rows > columns:
-        matrix = matrix.T
-    matrix = matrix / matrix.norm().clamp(min=group["eps"])
-    a, b, c = group["ns_coefficients"]
-    for _ in range(group["ns_steps"]):  # Newton–Schulz: the singular values approach 1
-        gram = matrix @ matrix.T
-        matrix = torch.addmm(matrix, torch.addmm(gram, gram, gram, beta=b, alpha=c), matrix, beta=a)
-    if rows > columns:
-        matrix = matrix.T
-    scale = math.sqrt(max(1, rows / columns))
-    if group["adjust_lr_fn"] == "match_rms_adamw":
-        scale = 0.2 * math.sqrt(max(rows, columns))
-    elif group["adjust_lr_fn"] == "spectral_unclamped":
-        scale = math.sqrt(rows / columns)
-    return matrix.to(gradient.dtype) * scale
-
-
-# What an optimizer subtracts per unit of learning rate, weight decay aside.
+# What an optimizer subtracts per unit of learning rate, weight decay aside. All others take trial steps.
 DIRECTIONS: dict[type[Optimizer], Callable[[Tensor, Options, Moments], Tensor]] = {
-    torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam, torch.optim.NAdam: _nadam,
-    torch.optim.RAdam: _radam, torch.optim.Adamax: _adamax, torch.optim.RMSprop: _rmsprop,
-    torch.optim.Adagrad: _adagrad, torch.optim.Adadelta: _adadelta,
+    torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam,
 }
-DECOUPLED: list[type[Optimizer]] = [torch.optim.AdamW]  # always; others where their option says so
-if hasattr(torch.optim, "Muon"):  # torch 2.9 and newer
-    DIRECTIONS[torch.optim.Muon] = _muon
-    DECOUPLED.append(torch.optim.Muon)
-
 NOT_AFFINE: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "evaluates the loss several times in a step",
     torch.optim.Rprop: "keeps step sizes of its own",
@@ -397,16 +201,14 @@ NOT_AFFINE: dict[type[Optimizer], str] = {
     torch.optim.Adafactor: "limits the learning rate by the step number",
     torch.optim.SparseAdam: "needs sparse gradients",
 }
+_NOT_AFFINE_ADVICE = "its update is not affine in the learning rate; use SGD, Adam, AdamW or another that is"
 
 
 def check_affine(optimizer: Optimizer) -> None:
     """Raise TypeError for an optimizer whose update is known not to be affine in its learning rate."""
     reason = NOT_AFFINE.get(type(optimizer))
     if reason:
-        works = ", ".join(kind.__name__ for kind in DIRECTIONS)
-        raise TypeError(
-            f"{type(optimizer).__name__} {reason}, so its update is not affine in the learning rate; use one of {works}"
-        )
+        raise TypeError(f"{type(optimizer).__name__} {reason}, so {_NOT_AFFINE_ADVICE}")
 
 
 def update_directions(optimizer: Optimizer) -> Update:
@@ -433,7 +235,7 @@ def update_directions(optimizer: Optimizer) -> Update:
 
 def parameters_with_grad(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters that the optimizer's next step moves."""
-    return [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
+    return [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
 
 
 @torch.no_grad()
@@ -445,7 +247,7 @@ def _direction(
     assert gradient is not None
     if group.get("maximize"):
         gradient = -gradient
-    is_decoupled = kind in DECOUPLED or group.get("decoupled_weight_decay", False)
+    is_decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
     if not is_decoupled:
         gradient = gradient.add(weight.detach(), alpha=group["weight_decay"])
     direction = DIRECTIONS[kind](gradient, group, optimizer.state.get(parameter, {}))
@@ -472,13 +274,12 @@ def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter]) -
         rounding = 16 * torch.finfo(parameter.dtype).eps * (parameter.norm() + one.norm())
         if (one - 2 * other).norm() > rounding:
             raise TypeError(
-                f"{name}: half the learning rate does not move the weights half as far, so its update is not affine in "
-                f"the rate; use one of {', '.join(kind.__name__ for kind in DIRECTIONS)}"
+                f"{name}: half the learning rate does not move the weights half as far, so {_NOT_AFFINE_ADVICE}"
             )
-    return {parameter: partial(_copy, direction) for parameter, direction in zip(parameters, whole, strict=True)}
+    return {parameter: partial(_copy_of, direction) for parameter, direction in zip(parameters, whole, strict=True)}
 
 
-def _copy(direction: Tensor, weight: Tensor) -> Tensor:
+def _copy_of(direction: Tensor, weight: Tensor) -> Tensor:
     return direction.clone()
 
 
@@ -534,258 +335,6 @@ def hypergradient(
             hooks.enter_context(parameter.register_hook(partial(reduce, parameter)))
         torch.autograd.grad(loss, list(update), allow_unused=True)
     return -all_reduce_mean(torch.stack([terms[parameter] for parameter in update if parameter in terms]).sum())
-
-
-# ---------------------------------------------------------------------------------------------- the measured LR scale
-
-RANGE_STEPS = 120  # of the range test, which spans five decades
-UNTRAINED_STEPS = 20  # of them, at rates that are too small to matter
-CLEARLY = 3  # standard errors by which the best trial has to end below the untrained loss
-
-
-@dataclass
-class Trial:
-    """A short training at trial rates: the rate of every step, and the mini-batch loss before it."""
-
-    kind: str  # "range test" or "cosine"
-    rates: list[float]
-    losses: list[float]  # not finite once it blew up
-
-
-@dataclass
-class MeasuredScale:
-    """The peak rate that measure_lr_scale chose, and everything it tried."""
-
-    scale: float  # the peak rate: where a decaying schedule starts
-    trials: list[Trial]
-
-    @property
-    def gamma(self) -> float:
-        """The γ of an MLR-SNet, twice the peak rate: an untrained net gives half of γ, and so starts at the peak."""
-        return 2 * self.scale
-
-    @property
-    def num_steps(self) -> int:
-        """The training steps that measuring took."""
-        return sum(len(trial.rates) for trial in self.trials)
-
-
-class NoScaleError(ValueError):
-    """The training loss falls at no trial rate. trials holds what was tried, guess the peak rate to take instead.
-
-    That is the usual rate of the optimizer or, where it is lower, c · the rate at which the smoothed loss of the
-    range test rises above the untrained one by three times the noise of the batches; c as in measure_lr_scale.
-    """
-
-    def __init__(self, message: str, trials: list[Trial], optimizer: Optimizer):
-        super().__init__(message)
-        self.trials = trials
-        self.guess = min(usual_lr(optimizer), _run_over_trial(optimizer) * _lr_of_rise(trials[0]))
-
-
-def usual_lr(optimizer: Optimizer) -> float:
-    """The rate that is best on the average calibration problem: 0.5 · (1 − ρ) for SGD with momentum ρ, 0.005 for Adam.
-
-    Other optimizers were not calibrated: Adadelta has torch's default of 1, the rest have Adam's.
-    """
-    if isinstance(optimizer, torch.optim.SGD):
-        return 0.5 * (1 - optimizer.param_groups[0]["momentum"])
-    return 1.0 if isinstance(optimizer, torch.optim.Adadelta) else 0.005
-
-
-def _run_over_trial(optimizer: Optimizer) -> float:
-    """c of measure_lr_scale, near the fits of tables/calibrate.py, under Adam half-way from 0.6 to its fit.
-
-    Like usual_lr, it has Adam's value for the rest.
-    """
-    if isinstance(optimizer, torch.optim.SGD):
-        return 0.6 if optimizer.param_groups[0]["momentum"] else 0.7
-    return 0.5
-
-
-def measure_lr_scale(
-    network: nn.Module,
-    optimizer: Optimizer,
-    next_loss: Callable[[], Tensor],
-    num_steps: int,
-    max_norm: float | None = None,
-) -> MeasuredScale:
-    """The LR scale of a run of num_steps steps, found by training on real batches at trial rates.
-
-        lr_range = c · the rate at which the smoothed loss of an LR range test is lowest
-        scale = c · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
-
-    The three peaks are those of short cosines: lr_usual / c, lr_range / c and their geometric mean. Their loss is
-    the mean over the last third, and s the standard error of a difference of two such means by the noise of the
-    batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others. The factor c is
-    the best peak of a run over that of a trial: 0.7 for SGD, 0.6 with momentum, 0.5 for Adam and the rest.
-    next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
-    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
-    5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
-    several ranks all of them find the same scale. Raises NoScaleError, a ValueError, when the loss falls at no rate:
-    the best trial has to end three standard errors below the untrained loss. The error holds a guess then.
-    Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
-    """
-    if num_steps < 1:
-        raise ValueError(f"a run of {num_steps} steps: give its length, at least 1")
-    usual, factor = usual_lr(optimizer), _run_over_trial(optimizer)
-
-    try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm)
-    growth = 1e5 ** (1 / (RANGE_STEPS - 1))
-    range_rates = [usual / 1000 * growth**step for step in range(RANGE_STEPS)]
-    range_test = try_at("range test", range_rates, until=_has_blown_up)
-    lr_range = factor * _lr_of_lowest_loss(range_test, optimizer)
-    trial_steps = (max(150, num_steps // 20) - len(range_test.rates)) // 3
-    cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
-
-    def train_from(lr: float) -> Trial:
-        return try_at("cosine", [lr / factor * share for share in cosine])
-
-    low, high = sorted((usual, lr_range))
-    trials = {low: train_from(low)}
-    start, noise = _untrained_loss(range_test.losses)
-    others = (math.sqrt(low * high), high)
-    if _final_loss(trials[low]) > start + noise:
-        others = (low / 4, low / 16)
-    trials |= {lr: train_from(lr) for lr in others}
-    losses = {lr: _final_loss(trial) for lr, trial in trials.items()}
-    lowest = min(losses.values())
-    if lowest > start - CLEARLY * noise * math.sqrt(1 / UNTRAINED_STEPS + 1 / _third(trial_steps)):
-        tried = ", ".join(f"{lr / factor:.2g}" for lr in trials)
-        raise NoScaleError(
-            f"the training loss falls clearly at none of the peak learning rates {tried}: from {start:.4g} to "
-            f"{lowest:.4g} at best; give the scale as a number", [range_test, *trials.values()], optimizer,
-        )
-    error = noise * math.sqrt(2 / _third(trial_steps))
-    weights = {lr: math.exp((lowest - loss) / max(2 * error, 1e-12)) for lr, loss in losses.items()}
-    scale = math.exp(sum(weight * math.log(lr) for lr, weight in weights.items()) / sum(weights.values()))
-    return MeasuredScale(scale, [range_test, *trials.values()])
-
-
-def try_rates(
-    network: nn.Module,
-    optimizer: Optimizer,
-    next_loss: Callable[[], Tensor],
-    kind: str,
-    rates: list[float],
-    max_norm: float | None = None,
-    until: Callable[[list[float]], bool] = lambda losses: False,
-) -> Trial:
-    """Train one step at each of the rates, then restore everything as measure_lr_scale does.
-
-    Ends early once `until` is true of the losses; it is asked every ten steps, since the host waits for its answer.
-    """
-    losses: list[float] = []
-    with _restored_run(network, optimizer, next_loss), torch.enable_grad():
-        while len(losses) < len(rates) and not until(losses):
-            losses += _losses_at(rates[len(losses) :][:10], network, optimizer, next_loss, max_norm)
-    return Trial(kind, rates[: len(losses)], losses)
-
-
-@contextmanager
-def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> Iterator[None]:
-    """Restores everything that training changes, bit for bit, on exit; without gradients at the start."""
-    parameters = list(network.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    was_training, python_state, numpy = network.training, random.getstate(), sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
-    others = [*(set(parameters) - set(_parameters(optimizer))), *network.buffers()]
-    try:
-        with preserved_optimizer(optimizer), preserved(others):
-            network.train()
-            yield
-    finally:
-        network.train(was_training)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-        if stream_state is not None:
-            next_loss.load_state_dict(stream_state)
-
-
-def _losses_at(
-    rates: list[float], network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Tensor],
-    max_norm: float | None,
-) -> list[float]:
-    """Train one step at each rate; the mean loss over the ranks before every step."""
-    losses = []
-    for lr in rates:
-        for parameter in network.parameters():
-            parameter.grad = None
-        loss = next_loss()
-        loss.backward()
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), max_norm)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        losses.append(loss.detach())
-    return all_reduce_mean(torch.stack(losses).double()).tolist()  # once, so that the host does not wait at every step
-
-
-def _untrained_loss(losses: list[float]) -> tuple[float, float]:
-    """Mean and noise of the loss while the rates of the range test are too small to matter."""
-    first = torch.tensor(losses[:UNTRAINED_STEPS], dtype=torch.float64)
-    return first.mean().item(), first.diff().std().item() / math.sqrt(2)
-
-
-def _smoothed(losses: list[float], has_to_fall: bool = True) -> list[float]:
-    """The running mean of the range test's losses, up to where it blows up.
-
-    That is once the loss has fallen and is again clearly worse than untrained: a network with BatchNorm can recover at
-    an absurd rate. Without has_to_fall, once it is clearly worse.
-    """
-    start, noise = _untrained_loss(losses)
-    smoothed: list[float] = []
-    total = weight = 0.0
-    for loss in losses:
-        total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
-        can_blow_up = len(smoothed) > UNTRAINED_STEPS and (not has_to_fall or min(smoothed) < start - noise)
-        if not math.isfinite(total) or (can_blow_up and total / weight > start + 3 * noise):
-            break
-        smoothed.append(total / weight)
-    return smoothed
-
-
-def _lr_of_rise(range_test: Trial) -> float:
-    """The rate at which the smoothed loss rises clearly above the untrained one; infinite where it does not."""
-    count = len(_smoothed(range_test.losses, has_to_fall=False))
-    return range_test.rates[count] if count < len(range_test.rates) else math.inf
-
-
-def _has_blown_up(losses: list[float]) -> bool:
-    return len(losses) > UNTRAINED_STEPS and len(_smoothed(losses)) < len(losses)
-
-
-def _lr_of_lowest_loss(range_test: Trial, optimizer: Optimizer) -> float:
-    """The rate at which the smoothed loss is lowest. NoScaleError where it does not fall beyond the batches' noise."""
-    start, noise = _untrained_loss(range_test.losses)
-    if not math.isfinite(start):
-        raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
-    smoothed = _smoothed(range_test.losses)
-    count = UNTRAINED_STEPS  # so that both means have the same standard error; 2.2 of their difference are asked
-    means = torch.tensor(range_test.losses[: len(smoothed)], dtype=torch.float64).unfold(0, count, 1).mean(1)
-    lowest = means.min().item()
-    if lowest > start - 2.2 * noise * math.sqrt(2 / count):
-        low, high = range_test.rates[0], range_test.rates[-1]
-        raise NoScaleError(
-            f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {start:.4g} to "
-            f"{lowest:.4g} at best, as means of {count} steps; check loss and data, or give the scale as a number",
-            [range_test], optimizer,
-        )
-    return range_test.rates[smoothed.index(min(smoothed))]
-
-
-def _final_loss(trial: Trial) -> float:
-    """The mean loss of the last third; infinite if it blew up."""
-    last = trial.losses[-_third(len(trial.losses)) :]
-    return sum(last) / len(last) if all(map(math.isfinite, trial.losses)) else math.inf
-
-
-def _third(num_steps: int) -> int:
-    return max(1, num_steps // 3)
 
 
 # ---------------------------------------------------------------------------------------------- the schedulers
@@ -1113,3 +662,108 @@ def train(
         optimizer.step()
         lr = schedule.get_last_lr()[0]
         yield Step(number + 1, all_reduce_mean(loss.detach()), all_reduce_mean(accuracy), lr, batch.size, hidden)
+
+
+# ---------------------------------------------------------------------------------------------- rates and tensors
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over the ranks, bit-identical on each; the tensor itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def on_host(value: Tensor) -> float | Tensor:
+    """A 0-d tensor as a float, unless that would make the host wait for an accelerator."""
+    value = value.detach()
+    return float(value) if value.device.type == "cpu" else value
+
+
+def lr_ratios(optimizer: Optimizer) -> list[float]:
+    """Each parameter group's initial rate over the largest one. ValueError when all are zero."""
+    for group in optimizer.param_groups:
+        if "initial_lr" not in group:
+            group["initial_lr"] = float(group["lr"])
+    rates = [group["initial_lr"] for group in optimizer.param_groups]
+    if max(rates) <= 0:
+        raise ValueError("the optimizer's learning rates are all zero; give at least one group a positive lr")
+    return [rate / max(rates) for rate in rates]
+
+
+@torch.no_grad()
+def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
+    """Give the group with the largest initial rate `lr`, and the others their share of it.
+
+    A rate that is a tensor is filled in place, so that compiled and captured steps see it without recompiling. A rate
+    on an accelerator stays there for a fused optimizer; other optimizers take floats alone.
+    """
+    for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].copy_(torch.as_tensor(lr * ratio))
+        elif isinstance(lr, Tensor) and group.get("fused"):
+            group["lr"] = lr * ratio
+        else:
+            group["lr"] = float(lr) * ratio
+
+
+def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
+    """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+@contextmanager
+def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+    """Restores the tensors bit for bit on exit; yields their copies by tensor."""
+    copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors}
+    _copy_all(copies.keys(), copies.values())
+    try:
+        yield copies
+    finally:
+        _copy_all(copies.values(), copies.keys())
+
+
+@torch.no_grad()
+def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    """Each source into its target: one call per dtype and device, since an accelerator's host pays per call."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        ones, others = kinds.setdefault((source.dtype, source.device), ([], []))
+        ones.append(source)
+        others.append(target)
+    for ones, others in kinds.values():
+        torch._foreach_copy_(others, ones)
+
+
+@contextmanager
+def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
+    """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor."""
+    weights = parameters_of(optimizer)
+    entries = [*optimizer.state.values(), *optimizer.param_groups]
+    tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
+    before = [{name: value if _has_tensors(value) else copy.deepcopy(value) for name, value in entry.items()}
+              for entry in entries]
+    known = list(optimizer.state)
+    devices = {weight.device for weight in weights if weight.device.type != "cpu"}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with torch.random.fork_rng(devices, device_type=kind), preserved([*weights, *tensors]) as copies:
+        try:
+            yield copies
+        finally:
+            for parameter in optimizer.state.keys() - known:
+                del optimizer.state[parameter]
+            for entry, values in zip(entries, before, strict=True):
+                for name in entry.keys() - values.keys():
+                    del entry[name]
+                entry.update(values)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(item, Tensor) for item in value))

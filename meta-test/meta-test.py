@@ -7,10 +7,11 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline
+from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline, lightning_lr_finder
 from data import IMAGES
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
+from mlr_snet_scale import measure_lr_scale
 from training.arguments import (
     add_gamma,
     add_run_arguments,
@@ -18,9 +19,10 @@ from training.arguments import (
     net_files,
     parse_run_arguments,
 )
+from training.building import average_of, network_of, start, task_of
 from training.command_line import Parser, number, number_or, user_errors
 from training.measuring import chosen_gamma, measure
-from training.trainer import Trainer, build, build_average
+from training.trainer import Trainer
 from utils import build_optimizer
 
 EXAMPLES = """\
@@ -65,12 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
         nets = load_schedules(net_files(args.nets)) if args.schedule == "mlr-snet" else []
-        task, network = build(args)
+        device = start(args)
+        task = task_of(args, device)
+        network = network_of(args, task, device)
         meta_stream = MetaStream(task, network)
         schedule: Schedule
         measurement = None
         if args.schedule == "mlr-snet":
-            nets = [net.to(next(network.parameters()).device) for net in nets]
+            nets = [net.to(device) for net in nets]
             optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
             gamma, measurement = chosen_gamma(args, task, network, optimizer)
             schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma)
@@ -78,13 +82,14 @@ def main(argv: list[str] | None = None) -> int:
             lr = args.lr
             if lr in ("measured", "lightning"):
                 plain = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-                measurement = measure(args, task, network, plain, by_lightning=lr == "lightning")
+                find = lightning_lr_finder if lr == "lightning" else measure_lr_scale
+                measurement = measure(args, task, network, plain, find)
                 lr = measurement.result.scale
             optimizer, schedule = build_baseline(
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,
                 args.beta, meta_stream,
             )
-        average = build_average(args, network, task.steps_per_epoch)
+        average = average_of(args, network, task.steps_per_epoch)
         trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, measurement)
     return trainer.run()
 

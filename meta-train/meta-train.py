@@ -11,9 +11,10 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead
 from training.arguments import add_gamma, add_run_arguments, add_task_arguments, parse_run_arguments
+from training.building import average_of, network_of, start, task_of
 from training.command_line import Parser, number, number_or, user_errors
 from training.measuring import chosen_gamma
-from training.trainer import Trainer, build, build_average
+from training.trainer import Trainer
 from utils import build_optimizer, built_within_memory, save
 
 EXAMPLES = """\
@@ -48,12 +49,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with user_errors():
-        task, network = build(args)
+        device = start(args)
+        task = task_of(args, device)
+        network = network_of(args, task, device)
         net = built_within_memory(partial(MLRSNet, args.hidden_size, args.num_layers), "MLR-SNet")
-        net = net.to(next(network.parameters()).device)
+        net = net.to(device)
         optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         t_val = max(1, args.num_epoch * task.steps_per_epoch // 80) if args.t_val == "auto" else args.t_val
-        average = build_average(args, network, task.steps_per_epoch)
+        average = average_of(args, network, task.steps_per_epoch)
         point = average if average and args.meta_point == "average" else lookahead
         meta_stream = MetaStream(task, network)
         gamma, measurement = chosen_gamma(args, task, network, optimizer)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlr_snet import UNTRAINED_STEPS, NoScaleError, _run_over_trial, _smoothed, measure_lr_scale, usual_lr
+from mlr_snet_scale import UNTRAINED_STEPS, measure_lr_scale, run_over_trial, smoothed, usual_lr
 from models.mobilenetv2 import Bottleneck
 from models.resnet import CifarResNet
 from models.shufflenetv2 import Unit, convolution
@@ -169,7 +169,7 @@ class Problem:
     @property
     def factor(self) -> float:
         """c of measure_lr_scale for the optimizer."""
-        return _run_over_trial(self._some_optimizer)
+        return run_over_trial(self._some_optimizer)
 
     @property
     def _some_optimizer(self) -> Optimizer:
@@ -354,11 +354,9 @@ def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str
     """What measure_lr_scale says of a run, or where it refuses its guess and why."""
     training = Training(problem, data, seed)
     optimizer = OPTIMIZERS[problem.optimizer](training.network.parameters())
-    try:
-        measured = measure_lr_scale(training.network, optimizer, LossStream(training), num_steps, problem.max_norm)
-    except NoScaleError as error:
-        return {"scale": float(f"{error.guess:.4g}"), "refusal": str(error)}
-    return {"scale": float(f"{measured.scale:.4g}"), "steps": measured.num_steps}
+    measured = measure_lr_scale(training.network, optimizer, LossStream(training), num_steps, problem.max_norm)
+    outcome = {"refusal": measured.refusal} if measured.refusal else {"steps": measured.num_steps}
+    return {"scale": float(f"{measured.scale:.4g}"), **outcome}
 
 
 def cosine(peak: float, num_steps: int) -> list[float]:
@@ -474,8 +472,8 @@ class Case:
 
     def range_rate(self, num_steps: int) -> float:
         """Where the function's smoothed loss of the range test is lowest, once the rates are large enough to matter."""
-        smoothed = _smoothed(self.ranges[num_steps])
-        trained = smoothed[UNTRAINED_STEPS:]
+        smooth = smoothed(self.ranges[num_steps])
+        trained = smooth[UNTRAINED_STEPS:]
         return math.log2(sweep(1e-3, 1e2, num_steps)[UNTRAINED_STEPS + trained.index(min(trained))])
 
     def best_trial(self, peaks: list[float]) -> float:

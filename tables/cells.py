@@ -22,7 +22,7 @@ from specs import (
 )
 
 from data import TEXTS
-from mlr_snet import usual_lr
+from mlr_snet_scale import usual_lr
 from utils import ROOT, build_optimizer
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value, "" for a flag without one

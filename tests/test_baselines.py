@@ -1,6 +1,5 @@
 """The schedules, against torch's own and by hand."""
 
-import argparse
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import baselines
-from baselines import SCHEDULES, ClosedForm, LightningFinder, Val, build_baseline, default_lr
-from training.measuring import measure
+from baselines import SCHEDULES, ClosedForm, LightningFinder, Val, build_baseline, default_lr, lightning_lr_finder
 
 EPOCHS, STEPS = 75, 4
 
@@ -253,4 +251,4 @@ def test_lightning_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch.tuner.lr_finder", None)
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(ValueError, match="Lightning's LR finder needs the package lightning: pip install lightning"):
-        measure(argparse.Namespace(resume=False), None, None, None, by_lightning=True)  # before it needs a network
+        lightning_lr_finder(None, None, None, 0)  # before it needs a network

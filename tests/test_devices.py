@@ -8,12 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlr_snet
-import utils
 from baselines import build_baseline
 from data import build_task
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
 from models import build_network
+from training import folder
 from training.averaging import Average
 from training.folder import provenance
 from utils import build_optimizer
@@ -128,7 +128,7 @@ def test_fresh_statistics_of_a_compiled_network_compile_nothing():
 @pytest.mark.parametrize(("device", "gpu"), [("cpu", None), ("auto", "a GPU")])
 def test_provenance_names_a_gpu_only_where_the_run_uses_it(monkeypatch, device, gpu):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    monkeypatch.setattr(folder, "pick_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
     assert provenance(argparse.Namespace(device=device))["hardware"]["gpu"] == gpu
 
 

@@ -56,7 +56,7 @@ def test_a_baseline_starts_at_the_rate_of_lightnings_finder(tmp_path, capsys):
 
 
 def test_where_the_loss_falls_at_no_rate_a_guess_is_used_and_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mlr_snet.CLEARLY", 1000)
+    monkeypatch.setattr("mlr_snet_scale.CLEARLY", 1000)
     out = tmp_path / "run"
     done = call(capsys, META_TEST, *MOMENTUM, "--schedule", "fixed", "--lr", "measured", "--out", out)
     assert done.returncode == 0 and "is a guess, not measured" in done.stderr
@@ -72,7 +72,7 @@ def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
 
     out = tmp_path / "run"
     assert call(capsys, META_TEST, *MOMENTUM, "--out", out).returncode == 0
-    monkeypatch.setattr(measuring, "measure_lr_scale", None)
+    monkeypatch.setattr(measuring, "TrainStream", None)
     assert call(capsys, META_TEST, "--resume", "--out", out).returncode == 0
     record = scale_of(out)
     (out / "lr_scale.json").write_text(json.dumps(record | {"scale": 2 * record["scale"]}))

@@ -1,4 +1,4 @@
-"""What lies in a run's folder: metrics, cost, log, picture, checkpoint, lock, and the provenance of the run."""
+"""What lies in a run's folder: metrics, cost, log, checkpoint, lock, and the provenance of the run."""
 
 import argparse
 import csv
@@ -167,40 +167,6 @@ class Log:
                 self.writer.close()
         finally:
             threading.excepthook = self.excepthook
-
-
-def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """run.png: training and test loss, accuracy or perplexity, those of averaged weights, and LR over the epochs."""
-    if rank():
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    epochs = [row["epoch"] for row in rows]
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    metric = ("acc", "accuracy (%)") if "test_acc" in rows[0] else ("ppl", "perplexity")
-    columns = (("loss", "loss (nats)"), metric)
-    for panel, (column, label) in zip(panels, columns, strict=False):
-        curves = {f"train_{column}": ("-", "train"), f"train_clean_{column}": (":", "train, true labels"),
-                  f"test_{column}": ("--", "test"),
-                  f"test_{column}_average": ("k-", "test, averaged weights")}
-        for name, (style, title) in curves.items():
-            if name in rows[0]:
-                panel.plot(epochs, [row[name] for row in rows], style, label=title)
-        panel.set(xlabel="epoch", ylabel=label)
-        panel.legend(fontsize="small")
-    panels[2].plot(epochs, [row["lr"] for row in rows], "k-")
-    panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
-    panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
-    for panel in panels:
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(path.parent.name)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
-    write_atomically(path, image.getvalue())
 
 
 class Checkpoint:

@@ -1,4 +1,4 @@
-"""A run of meta-train or meta-test: task and network, training, evaluation, and its end under signals and errors."""
+"""A run of meta-train or meta-test: training, evaluation, and its end under signals and errors."""
 
 import argparse
 import json
@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,29 +15,23 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from baselines import twice_differentiable
-from data import TEXTS, build_task
 from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
 from mlr_snet import Schedule, Step, train
-from models import build_network
-from training.arguments import keeps_average, refuse_used
-from training.averaging import Average, auto_decay, evaluating
-from training.command_line import end_with_launcher, is_out_of_memory
-from training.folder import Checkpoint, Cost, FolderLock, Log, Metrics, draw, provenance
+from training.arguments import refuse_used
+from training.averaging import Average, evaluating
+from training.command_line import is_out_of_memory
+from training.folder import Checkpoint, Cost, FolderLock, Log, Metrics, provenance
 from training.measuring import Measurement
+from training.pictures import draw_run
 from utils import (
     all_gather,
-    autocast,
-    built_within_memory,
     checksum,
-    choose_algorithms,
     data_parallel,
     first_line,
-    init_distributed,
     is_lost_rank,
-    pick_device,
     rank,
     save,
     world_size,
@@ -46,50 +39,6 @@ from utils import (
 )
 
 FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers come to the host
-
-# What build_task takes from the flags of one modality
-IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
-                 "label_noise", "noise_kind")
-TEXT_OPTIONS = ("seq_len", "tokens")
-
-
-def build(args: argparse.Namespace) -> tuple[ImageTask | TextTask, nn.Module]:
-    """The task, and the network on its device. ValueError for what is not available.
-
-    Every rank draws the network, and after it MLR-SNet, from the same random stream.
-    """
-    device = pick_device(args.device)
-    end_with_launcher()
-    device = init_distributed(device)
-    choose_algorithms(args.deterministic)
-    names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
-    task = build_task(
-        args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,
-        limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
-        **{name: getattr(args, name) for name in names},
-    )
-    if isinstance(task, TextTask):
-        sizes = {"embed_size": args.embed_size, "dropout": args.dropout, "seq_len": args.seq_len}
-    else:
-        sizes = {"image_size": task.image_size}
-    torch.manual_seed(args.seed)
-    network = built_within_memory(partial(build_network, args.network, task.num_classes, **sizes), args.network)
-    network = network.to(device).to(memory_format=torch.channels_last)
-    if args.init and not (args.out / "checkpoint.pth").exists():
-        try:
-            network.load_state_dict(torch.load(args.init, map_location="cpu", weights_only=True))
-        except Exception as error:  # a foreign file fails in many ways; each ends in this one line
-            raise ValueError(f"--init {args.init}: no weights of this network ({type(error).__name__})") from error
-    if args.compile:
-        network.compile()
-    return task, network
-
-
-def build_average(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
-    """The running average of the weights, where the run asks for one."""
-    if not keeps_average(args):
-        return None
-    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
 
 
 class StopSignal:
@@ -216,7 +165,7 @@ class Trainer:
             self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
             return 128 + stop_signal
         self._write_metrics()
-        draw(self.metrics.rows, self.args.out / "run.png")
+        draw_run(self.args.out / "run.png", self.metrics.rows)
         self._save_networks()
         return 0
 

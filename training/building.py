@@ -1,0 +1,75 @@
+"""What a run is built of, from its flags: the process, the task, the network, the average of its weights."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data import TEXTS, build_task
+from data.images import ImageTask
+from data.text import TextTask
+from models import build_network
+from training.arguments import keeps_average
+from training.averaging import Average, auto_decay
+from training.command_line import end_with_launcher
+from utils import autocast, built_within_memory, choose_algorithms, init_distributed, pick_device
+
+# What build_task takes from the flags of one modality
+IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
+                 "label_noise", "noise_kind")
+TEXT_OPTIONS = ("seq_len", "tokens")
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Settle the process: its device, its ranks and its algorithms. ValueError for a device that is not available."""
+    device = pick_device(args.device)
+    end_with_launcher()
+    device = init_distributed(device)
+    choose_algorithms(args.deterministic)
+    return device
+
+
+def task_of(args: argparse.Namespace, device: torch.device) -> ImageTask | TextTask:
+    """The task. ValueError for data that are not available."""
+    names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
+    return build_task(
+        args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,
+        limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: torch.device) -> nn.Module:
+    """The network on its device. ValueError for sizes that do not fit.
+
+    Every rank draws the network, and after it MLR-SNet, from the same random stream.
+    """
+    if isinstance(task, TextTask):
+        sizes = {"embed_size": args.embed_size, "dropout": args.dropout, "seq_len": args.seq_len}
+    else:
+        sizes = {"image_size": task.image_size}
+    torch.manual_seed(args.seed)
+    network = built_within_memory(partial(build_network, args.network, task.num_classes, **sizes), args.network)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    if args.init and not (args.out / "checkpoint.pth").exists():
+        load_weights(network, args.init)
+    if args.compile:
+        network.compile()
+    return network
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Start from the weights in a run's network.pth. ValueError for another file."""
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a foreign file fails in many ways; each ends in this one line
+        raise ValueError(f"init {path}: no weights of this network ({type(error).__name__})") from error
+
+
+def average_of(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
+    """The running average of the weights, where the run asks for one."""
+    if not keeps_average(args):
+        return None
+    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
