@@ -7,7 +7,8 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
-from baselines import RATE_FACTORS, RATELESS, SCHEDULES, VALIDATING, build_baseline, lightning_lr_finder
+from baselines import SCHEDULES, Baseline, build_baseline, default_beta
+from baselines.lr_finder import lightning_lr_finder
 from data import IMAGES
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
@@ -29,6 +30,7 @@ EXAMPLES = """\
   python meta-test/meta-test.py --network resnet20 --dataset digits --num-epoch 20 \\
     --nets meta-train/result/resnet8_digits
   python meta-test/meta-test.py --network shufflenetv2 --dataset cifar10 --schedule cosine --lr 0.5"""
+FINDERS = {"measured": measure_lr_scale, "lightning": lightning_lr_finder}  # of the rate of a baseline
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,26 +43,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE", help="learned schedules that share the run in turn, a meta-train run's folder, or average: the "
         "shipped net learned at averaged weights (default: the three beside this script)")
     add_gamma(add)
-    add("--lr", type=number_or(number(float, 0, above=True), "measured", "lightning"), metavar="LR",
-        help="initial or peak rate of a baseline, or measured by short training before the run: measured as for "
-        "--gamma, lightning by Lightning's LR finder (default: 0.1; val on sgd 20; adam, adamw 1e-3; schedule-free 1, "
-        "on adamw 0.0025; prodigy 1, a factor)")
+    with_beta = " and ".join(name for name, baseline in SCHEDULES.items() if baseline.has_beta)
+    add("--lr", type=number_or(number(float, 0, above=True), *FINDERS), metavar="LR",
+        help="initial or peak rate of a baseline, or found by short training: measured as for --gamma, lightning by "
+        f"Lightning's LR finder (default: {_usual_rates()})")
     add("--beta", type=number(float, 0, above=True), metavar="BETA",
-        help="step of hd and rtho on the rate (default: 1e-3; adam 1e-7)")
+        help=f"step of {with_beta} on the rate (default: {default_beta('sgd'):g}; adam {default_beta('adam'):g})")
     add_run_arguments(parser)
     args, given = parse_run_arguments(parser, SCRIPT, argv)
-    if args.schedule in VALIDATING and args.dataset in IMAGES and not args.num_meta:
-        parser.error(f"--schedule {args.schedule} needs images to validate on; set some aside with --num-meta 1000")
-    if args.lr is not None and args.schedule in ("mlr-snet", *RATELESS):
-        parser.error(f"--schedule {args.schedule} has no initial rate; leave --lr out")
-    if args.lr in ("measured", "lightning") and args.schedule in RATE_FACTORS:
-        parser.error(f"--schedule {args.schedule} finds its rate itself, and --lr multiplies it; leave it out")
-    if args.beta is not None and args.schedule not in ("hd", "rtho"):
-        parser.error(f"--schedule {args.schedule} has no --beta; leave it out")
-    for flag in ("gamma", "nets"):
-        if flag in given and args.schedule != "mlr-snet":
-            parser.error(f"--{flag} belongs to --schedule mlr-snet; leave it out with {args.schedule}")
+    _check_schedule(parser, args, given)
     return args
+
+
+def _check_schedule(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse what does not go together with --schedule."""
+    schedule, baseline = f"--schedule {args.schedule}", SCHEDULES.get(args.schedule)
+    if args.lr is not None and (baseline is None or baseline.rate == "none"):
+        parser.error(f"{schedule} has no initial rate; leave --lr out")
+    if args.beta is not None and (baseline is None or not baseline.has_beta):
+        parser.error(f"{schedule} has no --beta; leave it out")
+    if baseline is None:
+        return
+    for flag in ("gamma", "nets"):
+        if flag in given:
+            parser.error(f"--{flag} belongs to --schedule mlr-snet; leave it out with {args.schedule}")
+    if args.lr in FINDERS and baseline.rate == "factor":
+        parser.error(f"{schedule} finds its rate itself, and --lr multiplies it; leave it out")
+    if baseline.needs_validation and args.dataset in IMAGES and not args.num_meta:
+        parser.error(f"{schedule} needs images to validate on; set some aside with --num-meta 1000")
+    if args.optimizer not in baseline.usual_lr:
+        parser.error(f"{schedule} works with --optimizer {' or '.join(baseline.usual_lr)}, not {args.optimizer}")
+    if baseline.own_direction and args.momentum:
+        parser.error(f"{schedule} brings its own direction; use --momentum 0")
+
+
+def _usual_rates() -> str:
+    """The usual rates of most baselines, then where the others differ."""
+    usual = Baseline.usual_lr
+    texts = [", ".join(f"{optimizer} {lr:g}" for optimizer, lr in usual.items())]
+    for name, baseline in SCHEDULES.items():
+        own = [f"{optimizer} {lr:g}" for optimizer, lr in baseline.usual_lr.items() if lr != usual[optimizer]]
+        if baseline.rate == "factor":
+            own = [f"{max(baseline.usual_lr.values()):g}, a factor"]
+        if own:
+            texts.append(f"{name} {', '.join(own)}")
+    return "; ".join(texts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,10 +107,9 @@ def main(argv: list[str] | None = None) -> int:
             schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma)
         else:
             lr = args.lr
-            if lr in ("measured", "lightning"):
+            if lr in FINDERS:
                 plain = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-                find = lightning_lr_finder if lr == "lightning" else measure_lr_scale
-                measurement = measure(args, task, network, plain, find)
+                measurement = measure(args, task, network, plain, FINDERS[lr])
                 lr = measurement.result.scale
             optimizer, schedule = build_baseline(
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,

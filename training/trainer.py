@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from baselines import twice_differentiable
+from baselines.from_gradients import twice_differentiable
 from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
