@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_gamma(add)
     with_beta = " and ".join(name for name, baseline in SCHEDULES.items() if baseline.has_beta)
     add("--lr", type=number_or(number(float, 0, above=True), *FINDERS), metavar="LR",
-        help="initial or peak rate of a baseline, or found by short training: measured as for --gamma, lightning by "
-        f"Lightning's LR finder (default: {_usual_rates()})")
+        help="initial or peak rate of a baseline; measured finds it as for --gamma, lightning by Lightning's "
+        f"LR finder (default: {_usual_rates()})")
     add("--beta", type=number(float, 0, above=True), metavar="BETA",
         help=f"step of {with_beta} on the rate (default: {default_beta('sgd'):g}; adam {default_beta('adam'):g})")
     add_run_arguments(parser)

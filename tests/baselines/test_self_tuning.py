@@ -36,7 +36,7 @@ def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, 
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_dadaptation_reports_the_rate_in_effect(kind, capsys):
+def test_dadaptation_reports_the_rate_in_effect(kind):
     pytest.importorskip("dadaptation", reason="needs the package dadaptation")
     network = small_network()
     optimizer, schedule = build_baseline("dadaptation", kind, network, Points(), 2, 1.0)
@@ -44,7 +44,16 @@ def test_dadaptation_reports_the_rate_in_effect(kind, capsys):
     group = optimizer.param_groups[0]
     rate = group["d"] / group["g0_norm"] if kind == "sgd" else group["d"]
     assert schedule.get_last_lr() == [rate] and rate > 0
-    assert capsys.readouterr().out == ""  # the package would announce its options
+
+
+@pytest.mark.parametrize(("name", "package"), [
+    ("schedule-free", "schedulefree"), ("schedule-free-radam", "schedulefree"), ("prodigy", "prodigyopt"),
+    ("dadaptation", "dadaptation"),
+])
+def test_a_packaged_rival_does_not_announce_its_options(name, package, capsys):
+    pytest.importorskip(package, reason=f"needs the package {package}")
+    build_baseline(name, "adamw", small_network(), Points(), 2, weight_decay=0.01)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_dadaptation_that_does_not_tell_its_rate_is_refused(monkeypatch):
