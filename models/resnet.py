@@ -1,5 +1,6 @@
 """ResNets for 32×32 images. Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016."""
 
+import math
 from collections.abc import Callable
 
 import torchvision
@@ -7,14 +8,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def init_convolutions(network: nn.Module) -> nn.Module:
+    """Draws the convolutions anew, Xavier-uniform with gain √2, and returns the network.
+
+    Source: the authors' meta_image_model.py, init_weights.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
+    return network
+
+
 def small_stem(name: str) -> Callable[[int], nn.Module]:
-    """A maker of torchvision's ResNet of that name whose stem keeps the resolution: 3×3, stride 1, no max-pool."""
+    """A maker of torchvision's ResNet of that name whose stem keeps the resolution: 3×3, stride 1, no max-pool.
+
+    It starts as the authors' does, see init_convolutions.
+    """
 
     def make(num_classes: int) -> nn.Module:
         network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
-        return network
+        return init_convolutions(network)
 
     return make
 

@@ -36,7 +36,7 @@ class Unit(nn.Module):
 
 def shufflenetv2(num_classes: int) -> nn.Module:
     """The ×1 net: images (batch, 3, h, w) -> logits (batch, classes)."""
-    layers: list[nn.Module] = [convolution(3, 24, 3)]
+    layers: list[nn.Module] = [convolution(3, 24, 3, activate=False)]  # no ReLU, as in the authors' shufflenetv2.py
     channels = 24
     for width, repeats in ((116, 3), (232, 7), (464, 3)):
         layers += [Unit(channels, width, 2), *(Unit(width, width, 1) for _ in range(repeats))]

@@ -1,6 +1,7 @@
-"""The registry: parameter counts, shapes and errors."""
+"""The task networks: the authors' outputs, initialisation, parameter counts, shapes and errors."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,79 @@ from torch.nn import functional
 
 import utils
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, build_network
+from models.nasnet import Fit
 from utils import gather_hidden, shard_hidden
 
-COUNTS = json.loads((Path(__file__).parent / "golden.json").read_text())["fresh_parameter_counts"]
+HERE = Path(__file__).parent
+COUNTS = json.loads((HERE / "golden.json").read_text())["fresh_parameter_counts"]
+GOLDEN = json.loads((HERE / "golden_networks.json").read_text())
 
 
 @pytest.mark.parametrize("key", [key for key in COUNTS if key.split("/")[0] in IMAGE_NETWORKS])
 def test_parameter_counts_are_the_papers(key):
     name, classes = key.split("/")
     assert sum(parameter.numel() for parameter in build_network(name, int(classes)).parameters()) == COUNTS[key]
+
+
+def filled(network):
+    """The network in float64 with the parameters that GOLDEN["how"] describes."""
+    for k, parameter in enumerate(network.double().parameters()):
+        i = torch.arange(parameter.numel(), dtype=torch.float64)
+        if parameter.dim() == 1:
+            values = 0.3 + 0.2 * torch.sin(0.11 * i + k)
+        else:
+            values = torch.sin(0.37 * i + k) * math.sqrt(2 * len(parameter) / parameter.numel())
+        parameter.detach().copy_(values.view_as(parameter))
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(GOLDEN.keys() - {"how"}))
+def test_a_network_computes_what_the_authors_does(name):
+    network, golden = filled(build_network(name, 10)), GOLDEN[name]
+    images = 1.5 * torch.sin(0.013 * torch.arange(4 * 3 * 32 * 32, dtype=torch.float64)).view(4, 3, 32, 32)
+    logits = network(images)[0]
+    last = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)][-1]
+    assert logits.tolist() == pytest.approx(golden["logits_of_image_0"], rel=0, abs=1e-9)  # given to nine decimals
+    assert last.running_mean.sum().item() == pytest.approx(golden["last_batchnorm_running_mean_sum"], rel=1e-9)
+    assert last.running_var.sum().item() == pytest.approx(golden["last_batchnorm_running_var_sum"], rel=1e-9)
+
+
+def assert_uniform(values, bound):
+    """They lie within ±bound and, where they are many, fill it as a uniform distribution does."""
+    assert values.abs().max() <= bound * (1 + 1e-6)
+    if values.numel() >= 5_000:  # the standard error of the standard deviation is below 0.7 % then
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert abs(values.mean()) < 0.05 * bound
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet", "resnet34", "resnet50", "wideresnet"])
+def test_a_network_of_the_paper_starts_as_the_authors_does(name):
+    """Convolutions Xavier-uniform with gain √2; BatchNorm and the linear layer as torch's."""
+    torch.manual_seed(0)
+    for module in build_network(name, 100).modules():
+        if isinstance(module, nn.Conv2d):
+            area = math.prod(module.kernel_size)
+            bound = math.sqrt(2) * math.sqrt(6 / (area * (module.in_channels + module.out_channels)))
+            assert_uniform(module.weight, bound)
+            assert module.bias is None
+        elif isinstance(module, nn.BatchNorm2d):
+            assert torch.all(module.weight == 1) and torch.all(module.bias == 0)
+        elif isinstance(module, nn.Linear):
+            for parameter in module.parameters():
+                assert_uniform(parameter, 1 / math.sqrt(module.in_features))
+
+
+@pytest.mark.parametrize(("name", "fan"), [("resnet8", 1), ("resnet20", 1), ("resnet50-imagenet", 0)])
+def test_the_other_resnets_start_as_he_et_al_do(name, fan):
+    """Convolutions normal, of variance 2 / fan in (torchvision: fan out)."""
+    torch.manual_seed(0)
+    for module in build_network(name, 10).modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() >= 2_000:
+            std = math.sqrt(2 / (math.prod(module.kernel_size) * module.weight.shape[fan]))
+            assert module.weight.std().item() == pytest.approx(std, rel=0.1)
+            assert module.weight.abs().max() > 3 * std  # a uniform distribution ends at √3 of them
 
 
 @pytest.mark.parametrize("name", sorted(IMAGE_NETWORKS.keys() - {"resnet50", "resnet101", "resnet152"}))
@@ -28,14 +93,12 @@ def test_a_network_takes_images_and_trains(name, size):
     logits = network(torch.randn(2, 3, size, size))
     assert logits.shape == (2, 7)
     logits.sum().backward()
-    unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    assert all(".fit." in name for name in unused)  # NASNet's cells hold both ways of fitting and use one
+    unused = [key for key, parameter in network.named_parameters() if parameter.grad is None]
+    assert all(".fit." in key for key in unused)  # NASNet's cells hold both ways of fitting and use one
 
 
 def test_nasnet_fits_both_parities_of_the_pixels():
     """The second half sees the pixels between those of the first, so no pixel is lost."""
-    from models.nasnet import Fit
-
     fit = Fit(1, 2)
     for convolution in (fit.even, fit.odd):
         nn.init.ones_(convolution.weight)

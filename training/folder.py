@@ -39,7 +39,7 @@ from utils import (
     write_atomically,
 )
 
-FORMAT = 3  # of checkpoint.pth
+FORMAT = 4  # of checkpoint.pth
 
 
 class Metrics:
