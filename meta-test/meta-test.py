@@ -92,7 +92,7 @@ def _usual_rates() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with user_errors():
+    with user_errors(args):
         nets = load_schedules(net_files(args.nets)) if args.schedule == "mlr-snet" else []
         device = start(args)
         task = task_of(args, device)

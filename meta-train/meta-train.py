@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with user_errors():
+    with user_errors(args):
         device = start(args)
         task = task_of(args, device)
         network = network_of(args, task, device)

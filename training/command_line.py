@@ -5,9 +5,10 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,17 +86,26 @@ def _is_first_rank() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def in_flags(message: str, names: Iterable[str]) -> str:
+    """A library's message, whose first word or a word_with_underscores may be one of the names, with --flags instead."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in names}
+    first, space, rest = message.partition(" ")
+    message = flags.get(first, first) + space + rest
+    return re.sub(r"(?<![\w-])\w+_\w+\b", lambda word: flags.get(word[0], word[0]), message)
+
+
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(args: argparse.Namespace | None = None) -> Iterator[None]:
     """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2.
 
-    With several ranks, an error of one of them ends all, and is printed once. No collective may run inside.
+    Names of arguments are shown as flags. With several ranks, an error of one of them ends all, and is printed once. No
+    collective may run inside.
     """
     mine = ""
     try:
         yield
     except (ValueError, OSError) as error:
-        mine = " ".join(str(error).split())
+        mine = in_flags(" ".join(str(error).split()), vars(args) if args else ())
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
