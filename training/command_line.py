@@ -87,7 +87,7 @@ def _is_first_rank() -> bool:
 
 
 def in_flags(message: str, names: Iterable[str]) -> str:
-    """A library's message, whose first word or a word_with_underscores may be one of the names, with --flags instead."""
+    """A library's message; names of arguments in it, its first word or words_with_underscores, become --flags."""
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     first, space, rest = message.partition(" ")
     message = flags.get(first, first) + space + rest
