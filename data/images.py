@@ -153,16 +153,16 @@ class ImageTask:
             pool = data.meta_pool
             most_meta = len(pool)
         if not 0 <= num_meta <= most_meta:
-            raise ValueError(f"--num-meta {num_meta}: must be from 0 to {most_meta}, the images that can be set aside")
+            raise ValueError(f"num_meta {num_meta}: must be from 0 to {most_meta}, the images that can be set aside")
         if limit_test is not None and not 1 <= limit_test <= len(test_labels):
-            raise ValueError(f"--limit-test {limit_test}: must be from 1 to {len(test_labels)}, the images available")
+            raise ValueError(f"limit_test {limit_test}: must be from 1 to {len(test_labels)}, the images available")
         generator = generator_for(seed, 1)
         self.meta_indices = balanced_sample(labels, pool, num_meta, generator)
         self.train_indices = without(total, self.meta_indices if data.meta_pool is None else pool)
         if limit_train is not None:
             available = len(self.train_indices)
             if not 1 <= limit_train <= available:
-                raise ValueError(f"--limit-train {limit_train}: must be from 1 to {available}, the images available")
+                raise ValueError(f"limit_train {limit_train}: must be from 1 to {available}, the images available")
             self.train_indices = balanced_sample(labels, self.train_indices, limit_train, generator)
         self.test_indices = torch.arange(len(test_labels))
         if limit_test is not None:
@@ -191,17 +191,15 @@ class ImageTask:
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of training batches from global step `start` on; every epoch has its own order."""
-        passes = self._passes(self.train_indices, self.batch_size, self.steps_per_epoch, start, 3)
-        return self._batches(self.train, ((indices, (self.seed, 4, epoch, place)) for indices, epoch, place in passes))
+        plan = self._plan(self.train_indices, start, 3)
+        keys = ((indices, (self.seed, 4, *divmod(number, self.steps_per_epoch))) for indices, number in plan)
+        return self._batches(self.train, keys)
 
     def meta_batches(self, start: int) -> Iterator[Batch]:
-        """The endless stream of meta batches from batch number `start` on."""
-        size = min(self.batch_size, len(self.meta_indices))
-        per_pass = len(self.meta_indices) // size
-        passes = self._passes(self.meta_indices, size, per_pass, start, 5)
-        return self._batches(
-            self.train, ((indices, (self.seed, 6, number * per_pass + place)) for indices, number, place in passes)
-        )
+        """The endless stream of meta batches from batch number `start` on. ValueError without meta images."""
+        self._require_meta()
+        plan = self._plan(self.meta_indices, start, 5)
+        return self._batches(self.train, ((indices, (self.seed, 6, number)) for indices, number in plan))
 
     def loss(self, network: nn.Module, batch: Batch, hidden: Hidden) -> tuple[Tensor, Tensor, Hidden]:
         """The batch's mean cross-entropy (0-d) and accuracy in %; the hidden state is for text and passes through.
@@ -224,8 +222,7 @@ class ImageTask:
 
     def validate(self, network: nn.Module) -> float:
         """Mean loss over the meta images, without augmentation. ValueError if there are none."""
-        if not len(self.meta_indices):
-            raise ValueError("no meta images to validate on; set some aside with num_meta")
+        self._require_meta()
         return self._measure(network, self.train, self.meta_indices)[0]
 
     def train_metrics(self, loss: float, accuracy: float, clean_accuracy: float | None = None) -> dict[str, float]:
@@ -254,20 +251,18 @@ class ImageTask:
         loss, correct = all_reduce_sum(loss, correct)
         return loss / len(indices), 100 * correct / len(indices)
 
-    def _passes(
-        self, indices: Tensor, size: int, per_pass: int, start: int, stream: int
-    ) -> Iterator[tuple[Tensor, int, int]]:
-        """Pass after pass over the images, each in its own order, from batch number `start` on.
+    def _require_meta(self) -> None:
+        if not len(self.meta_indices):
+            raise ValueError("num_meta 0: there are no meta images; give at least 1")
 
-        Yields the indices of a batch, the number of the pass and the place of the batch in it.
-        """
-        number, first = divmod(start, per_pass)
-        while True:
-            order = torch.randperm(len(indices), generator=generator_for(self.seed, stream, number))
-            batches = cut(indices[order].to(self.device), size)
-            for place in range(first, per_pass):
-                yield batches[place], number, place
-            number, first = number + 1, 0
+    def _plan(self, indices: Tensor, start: int, stream: int) -> Iterator[tuple[Tensor, int]]:
+        """The images and the number of each batch from `start` on: pass after pass, each in its own order."""
+        per_pass = len(cut(indices, self.batch_size))
+        for pass_ in itertools.count(start // per_pass):
+            order = torch.randperm(len(indices), generator=generator_for(self.seed, stream, pass_))
+            batches = cut(indices[order].to(self.device), self.batch_size)
+            for number in range(max(start, pass_ * per_pass), (pass_ + 1) * per_pass):
+                yield batches[number % per_pass], number
 
     def _batches(self, split: Split, plan: Plan) -> Iterator[Batch]:
         plan, same_plan = itertools.tee(plan)  # a split may read ahead of the batches that it gives

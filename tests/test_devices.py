@@ -102,7 +102,7 @@ def test_a_rate_that_is_a_tensor_moves_the_weights_as_a_number_does():
 def test_a_compiled_network_is_not_compiled_again_from_step_to_step():
     from torch._dynamo.testing import CompileCounter
 
-    task, counter = digits(), CompileCounter()
+    task, counter = digits(num_meta=16), CompileCounter()
     network, optimizer, schedule = parts("lookahead", task, fused=False)
     network.compile(backend=counter)
     steps = train(network, task, optimizer, schedule, 2)
