@@ -1,11 +1,16 @@
 """Decoded class folders, stored outside the data folder so that later runs need not decode the files again.
 
-An entry's name identifies the files, the image size and the decoding libraries; its content is the SHA-256 of the
-images and then the images. So the cache never changes a result: an entry is right, or it is ignored and written anew.
+An entry's name identifies the files, the image size and the decoding libraries; its content is a header, the SHA-256
+of the images, and the images. So the cache never changes a result: an entry is right, or it is ignored and written
+anew. The folder may hold files of others: what has not both a name and a header of ours is never touched.
 """
 
+import errno
+import functools
 import hashlib
 import os
+import re
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -20,15 +25,20 @@ from torch import Tensor
 from utils import rank
 
 MOST_BYTES = 8 * 2**30  # of the whole cache; the entries unused for longest make room for new ones
+NAME = re.compile(r"mlr-snet-[0-9a-f]{32}(\.\w+\.tmp)?")  # an entry, or one that is being written
+HEADER = b"decoded images of MLR-SNet\n"
 DIGEST_BYTES = 32
 
 
 def cache_folder() -> Path | None:
-    """$MLR_SNET_CACHE, or mlr-snet in the user's cache folder. None if MLR_SNET_CACHE is empty: no cache."""
-    if "MLR_SNET_CACHE" in os.environ:
-        chosen = os.environ["MLR_SNET_CACHE"]
-        return Path(chosen) if chosen else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlr-snet"
+    """$MLR_SNET_CACHE, or mlr-snet in the user's cache folder. None, no cache, if it is empty or there is no home."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mlr-snet")
+    chosen = os.environ.get("MLR_SNET_CACHE", default)
+    try:
+        return Path(chosen).expanduser() if chosen else None
+    except RuntimeError:
+        say("decoded images are not cached (there is no home folder); set MLR_SNET_CACHE to a folder")
+        return None
 
 
 def entry_for(paths: list[str], folder: Path, size: int) -> Path | None:
@@ -45,22 +55,23 @@ def entry_for(paths: list[str], folder: Path, size: int) -> Path | None:
             return None
         # A file with an old mtime, unpacked from an archive for example, still has a new ctime.
         times = f"{file.st_mtime_ns} {file.st_ctime_ns}"
-        digest.update(f"{os.path.relpath(path, folder)}\n{file.st_size} {times}\n".encode())
-    return cache / digest.hexdigest()[:32]
+        name = os.path.relpath(path, folder)
+        digest.update(f"{name}\n{file.st_size} {times}\n".encode(errors="surrogateescape"))
+    return cache / f"mlr-snet-{digest.hexdigest()[:32]}"
 
 
 def load(entry: Path, shape: tuple[int, ...]) -> Tensor | None:
     """The uint8 images of an entry. None if it does not exist or is damaged."""
-    num_bytes = int(np.prod(shape))
+    file = _stat_of_ours(entry)
+    if not file or file.st_size != len(HEADER) + DIGEST_BYTES + int(np.prod(shape)):
+        return None
     try:
-        if entry.stat().st_size != DIGEST_BYTES + num_bytes:
-            return None
         content = np.fromfile(entry, np.uint8)
         os.utime(entry)  # marks it as used
     except OSError:
         return None
-    images = content[DIGEST_BYTES:]
-    if hashlib.sha256(images.data).digest() != content[:DIGEST_BYTES].tobytes():
+    digest, images = np.split(content[len(HEADER) :], [DIGEST_BYTES])
+    if hashlib.sha256(images.data).digest() != digest.tobytes():
         return None
     return torch.from_numpy(images).view(shape)
 
@@ -70,33 +81,51 @@ def store(entry: Path, images: Tensor) -> None:
     if rank() or images.nbytes > MOST_BYTES:
         return
     pixels = images.numpy().data
-    temporary = ""
+    temporary = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(entry) and not _stat_of_ours(entry):
+            raise FileExistsError(errno.EEXIST, f"{entry.name} is not ours")
         _make_room(entry.parent, pixels.nbytes)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            file.write(hashlib.sha256(pixels).digest())
-            file.write(pixels)
+        descriptor, name = tempfile.mkstemp(".tmp", f"{entry.name}.", entry.parent)
+        temporary = Path(name)
+        with open(descriptor, "wb") as file:
+            file.writelines([HEADER, hashlib.sha256(pixels).digest(), pixels])
         os.replace(temporary, entry)
     except OSError as error:
-        print(f"decoded images are not cached ({error}); set MLR_SNET_CACHE to another folder", file=sys.stderr)
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+        where = f"in {entry.parent} ({error.strerror})"
+        say(f"decoded images are not cached {where}; set MLR_SNET_CACHE to another folder")
 
 
 def _make_room(cache: Path, num_bytes: int) -> None:
     """Delete the entries unused for longest until `num_bytes` more fit."""
-    files: list[tuple[float, int, Path]] = []
-    for path in cache.iterdir():
-        try:
-            file = path.stat()
-        except FileNotFoundError:  # another process has deleted it
-            continue
-        files.append((file.st_mtime, file.st_size, path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
+    entries = sorted((file.st_mtime, file.st_size, path) for path in cache.iterdir() if (file := _stat_of_ours(path)))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in entries:
         if total + num_bytes <= MOST_BYTES:
             return
         total -= size
         path.unlink(missing_ok=True)
+
+
+def _stat_of_ours(path: Path) -> os.stat_result | None:
+    """The size and times of a file that this module has written. None for any other, for links and for folders."""
+    if not NAME.fullmatch(path.name):
+        return None
+    try:
+        file = path.lstat()
+        if not stat.S_ISREG(file.st_mode):
+            return None
+        with open(path, "rb") as content:
+            return file if HEADER.startswith(content.read(len(HEADER))) else None
+    except OSError:
+        return None
+
+
+@functools.cache
+def say(text: str) -> None:
+    """Tell the user once, on rank 0."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
