@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
 
 from utils import Hidden, all_reduce_sum, first_line, shard, world_size
+
+from .cache import say
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -59,7 +60,10 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
 
 
 def read(path: Path, tokens: str) -> list[list[str]]:
-    """The file's lines, each a list of words or characters. ValueError if it is missing, empty or not UTF-8."""
+    """The file's lines, each a list of words or characters. ValueError if it is missing, empty or not UTF-8.
+
+    Only the ends of lines that every editor knows (LF, CR LF, CR) end one, and a byte order mark is no character.
+    """
     if path.exists() and not path.is_file():  # reading a FIFO or a device may never end
         raise ValueError(f"{path}: not a regular file")
     try:
@@ -68,9 +72,12 @@ def read(path: Path, tokens: str) -> list[list[str]]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; expected train.txt, valid.txt and test.txt") from None
-    if not content.strip():
+    if "\0" in content:
+        raise ValueError(f"{path}: holds NUL characters, so it is not UTF-8 text; convert it first")
+    lines = [line.removeprefix("\ufeff") for line in content.removesuffix("\n").split("\n")]
+    if not "".join(lines).strip():
         raise ValueError(f"{path}: holds no text")
-    return [line.split() if tokens == "word" else list(line) for line in content.splitlines()]
+    return [line.split() if tokens == "word" else list(line) for line in lines]
 
 
 def text_folder(root: Path, tokens: str) -> TextData:
@@ -89,14 +96,14 @@ def _ptb_file(root: Path, split: str) -> Path:
     for path in (root / published, root / short, downloaded, root / "ptb" / short):
         if path.is_file():
             if not check_md5(str(path), PTB_MD5[split]):
-                print(f"{path}: not the Penn Treebank of the paper (its md5 differs)", file=sys.stderr)
+                say(f"{path}: not the Penn Treebank of the paper (its md5 differs)")
             return path
     try:
         download_url(f"{PTB_URL}/{published}", str(root / "ptb"), published, PTB_MD5[split])
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"ptb: {published} not in {root} and could not be downloaded ({first_line(error)}); "
-            "put it there, or try --dataset pydoc"
+            "put it there, or try dataset pydoc, which needs no download"
         ) from None
     return downloaded
 
@@ -204,13 +211,13 @@ class TextTask:
                 continue
             tokens = len(splits[split]) - 1
             if not 1 <= limit <= tokens:
-                raise ValueError(f"--limit-{split} {limit}: must be from 1 to {tokens}, the tokens available")
+                raise ValueError(f"limit_{split} {limit}: must be from 1 to {tokens}, the tokens available")
             splits[split] = splits[split][: limit + 1]
         for split, columns in (("train", batch_size), ("valid", batch_size), ("test", evaluation_columns)):
             if len(splits[split]) - 1 < columns * seq_len:
                 raise ValueError(
                     f"the {split} text has {len(splits[split]) - 1} tokens, fewer than one batch of {columns} "
-                    f"sequences of {seq_len}; lower --batch-size or --seq-len"
+                    f"sequences of {seq_len}; lower batch_size or seq_len"
                 )
         self.train = Columns(splits["train"], batch_size, seq_len, device)
         self.meta = Columns(splits["valid"], batch_size, seq_len, device)

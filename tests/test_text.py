@@ -53,6 +53,23 @@ def test_characters_can_be_the_tokens(tmp_path):
     assert [read.vocabulary[index] for index in read.test] == ["<eos>", "a", " ", "b", "<eos>"]
 
 
+@pytest.mark.parametrize("tokens", ["word", "char"])
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfa b c\nd e\n", b"a b c\n\xef\xbb\xbfd e\n", b"a b c\r\nd e\r\n",
+                                     b"\xef\xbb\xbfa b c\r\n\xef\xbb\xbfd e"])
+def test_byte_order_marks_and_the_line_ends_of_other_systems_change_nothing(tmp_path, tokens, content):
+    (tmp_path / "file.txt").write_text("a b c\nd e\n")
+    expected = data.text.read(tmp_path / "file.txt", tokens)
+    (tmp_path / "file.txt").write_bytes(content)
+    assert data.text.read(tmp_path / "file.txt", tokens) == expected
+
+
+@pytest.mark.parametrize("character", "\f\v\x1c\x1d\x1e\x85\u2028\u2029", ids=ascii)
+def test_characters_that_separate_text_without_ending_a_line_do_not_end_one(tmp_path, character):
+    (tmp_path / "file.txt").write_text(f"a b{character}c\n\nd e", encoding="utf-8")
+    assert data.text.read(tmp_path / "file.txt", "word") == [["a", "b", "c"], [], ["d", "e"]]
+    assert data.text.read(tmp_path / "file.txt", "char") == [["a", " ", "b", character, "c"], [], ["d", " ", "e"]]
+
+
 @pytest.mark.parametrize("columns", [1, 3, 4])
 def test_every_token_is_a_target_exactly_once_and_follows_its_input(columns):
     ids = torch.arange(96)
@@ -210,7 +227,13 @@ def refuse_download(*args):
 @pytest.mark.parametrize(("name", "spoil", "message"), [
     ("text", lambda root: (root / "valid.txt").write_text(" \n"), "valid.txt: holds no text"),
     ("text", lambda root: (root / "test.txt").unlink(), "test.txt"),
+    ("text", lambda root: (root / "valid.txt").write_bytes(b"\xef\xbb\xbf\n"), "valid.txt: holds no text"),
+    ("text", lambda root: (root / "valid.txt").write_bytes(b""), "valid.txt: holds no text"),
     ("text", lambda root: (root / "train.txt").write_bytes(b"abc \xff\xfe"), "not UTF-8 at byte 4"),
+    ("text", lambda root: (root / "train.txt").write_text("a b c", encoding="utf-16"), "not UTF-8 at byte 0"),
+    ("text", lambda root: (root / "train.txt").write_text("a b c\n" * 50, encoding="utf-16-le"), "holds NUL"),
+    ("text", lambda root: (root / "test.txt").write_text("a b c\n" * 50, encoding="utf-32-be"), "holds NUL"),
+    ("text", lambda root: (root / "train.txt").write_text("a b c\0\n" * 50), "holds NUL"),
     ("text", lambda root: ((root / "test.txt").unlink(), os.mkfifo(root / "test.txt")), "not a regular file"),
     ("text", lambda root: (root / "valid.txt").write_text("a b"), "valid text has 3 tokens"),
     ("ptb", lambda root: (root / "test.txt").unlink(), "pydoc"),
