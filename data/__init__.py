@@ -40,19 +40,21 @@ def build_task(
     if name not in IMAGES:
         raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")
     if corruption is None and severity is not None:
-        raise ValueError("--severity belongs to --corruption; leave it out")
+        raise ValueError("severity belongs to corruption; leave it out")
     if label_noise is None and noise_kind is not None:
-        raise ValueError("--noise-kind belongs to --label-noise; leave it out")
+        raise ValueError("noise_kind belongs to label_noise; leave it out")
+    if workers is not None and name not in STREAMED:
+        raise ValueError(f"workers is for {' and '.join(STREAMED)}; {name} lies in memory, leave it out")
     if severity is None:
         severity = DEFAULT_SEVERITY
     for_loader: dict[str, Any] = {}
     if skip_bad_images:
         if name not in IMAGE_FILES:
-            raise ValueError(f"--skip-bad-images is for {', '.join(IMAGE_FILES)}; leave it out for {name}")
+            raise ValueError(f"skip_bad_images is for {', '.join(IMAGE_FILES)}; leave it out for {name}")
         for_loader["skip_bad_images"] = True
     if name in PUBLISHED_CORRUPTED:
         if corruption is None:
-            raise ValueError(f"{name} needs --corruption; choose from {', '.join(PUBLISHED)}")
+            raise ValueError(f"{name} needs corruption; choose from {', '.join(PUBLISHED)}")
         for_loader.update(corruption=corruption, severity=severity)
     elif corruption is not None:
         options["corruption"] = Corruption(corruption, severity, seed)

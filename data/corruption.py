@@ -106,10 +106,10 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.name not in CORRUPTIONS:
-            only = f"{self.name} comes with cifar10-c and cifar100-c alone" if self.name in PUBLISHED else "unknown"
-            raise ValueError(f"--corruption {self.name}: {only}; choose from {', '.join(CORRUPTIONS)}")
+            only = f"{self.name} comes with cifar10-c and cifar100-c only" if self.name in PUBLISHED else "unknown"
+            raise ValueError(f"corruption {self.name}: {only}; choose from {', '.join(CORRUPTIONS)}")
         if not 0 <= self.severity <= 5:
-            raise ValueError(f"--severity {self.severity}: must be from 0 (none) to 5")
+            raise ValueError(f"severity {self.severity}: must be from 0 (none) to 5")
 
     def __call__(self, image: Tensor, index: int) -> Tensor:
         if self.severity == 0:
@@ -132,12 +132,12 @@ def noisy_labels(labels: Tensor, indices: Tensor, num_classes: int, rate: float,
     Deviation: the authors draw each label on its own, and their uniform noise may draw the true class again.
     """
     if kind not in NOISE_KINDS:
-        raise ValueError(f"--noise-kind {kind}: choose from {', '.join(NOISE_KINDS)}")
+        raise ValueError(f"noise_kind {kind}: choose from {', '.join(NOISE_KINDS)}")
     if not 0 <= rate <= 1:
-        raise ValueError(f"--label-noise {rate}: must be from 0 to 1")
+        raise ValueError(f"label_noise {rate}: must be from 0 to 1")
     num_others = {"uniform": num_classes - 1, "flip": 1, "flip2": 2}[kind]
     if not 1 <= num_others < num_classes:
-        raise ValueError(f"--noise-kind {kind}: {num_classes} classes are too few")
+        raise ValueError(f"noise_kind {kind}: {num_classes} classes are too few")
     generator = generator_for(seed, 8)
     wrong = indices[torch.randperm(len(indices), generator=generator)[: round(rate * len(indices))]]
     offsets = []  # of each class: how far its other classes lie from it, modulo num_classes
@@ -158,9 +158,9 @@ def read_cifar_c(folder: Path, name: str, severity: int, num_classes: int) -> tu
     Reads the published files, NAME.npy and labels.npy. They hold the test images of CIFAR, one severity after another.
     """
     if name not in PUBLISHED:
-        raise ValueError(f"--corruption {name}: unknown; choose from {', '.join(PUBLISHED)}")
+        raise ValueError(f"corruption {name}: unknown; choose from {', '.join(PUBLISHED)}")
     if not 1 <= severity <= 5:
-        raise ValueError(f"--severity {severity}: must be from 1 to 5, the severities of {folder.name}")
+        raise ValueError(f"severity {severity}: must be from 1 to 5, the severities of {folder.name}")
     images = _read_array(folder / f"{name}.npy", (5 * PER_SEVERITY, 32, 32, 3))
     labels = _read_array(folder / "labels.npy", (5 * PER_SEVERITY,))
     if labels.max() >= num_classes:

@@ -180,13 +180,13 @@ def test_a_run_with_noise_has_the_accuracy_on_true_labels_in_its_metrics_and_res
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"corruption": "nonsense"}, "nonsense: unknown; choose from gaussian_noise"),
-    ({"corruption": "fog"}, "fog comes with cifar10-c and cifar100-c alone; choose from"),
-    ({"corruption": "contrast", "severity": 6}, "--severity 6"),
-    ({"severity": 3}, "--severity belongs to --corruption"),
-    ({"label_noise": 1.5}, "--label-noise 1.5"),
-    ({"label_noise": -0.1}, "--label-noise -0.1"),
-    ({"label_noise": 0.5, "noise_kind": "swap"}, "--noise-kind swap: choose from"),
-    ({"noise_kind": "flip"}, "--noise-kind belongs to --label-noise"),
+    ({"corruption": "fog"}, "fog comes with cifar10-c and cifar100-c only; choose from"),
+    ({"corruption": "contrast", "severity": 6}, "severity 6"),
+    ({"severity": 3}, "severity belongs to corruption"),
+    ({"label_noise": 1.5}, "label_noise 1.5"),
+    ({"label_noise": -0.1}, "label_noise -0.1"),
+    ({"label_noise": 0.5, "noise_kind": "swap"}, "noise_kind swap: choose from"),
+    ({"noise_kind": "flip"}, "noise_kind belongs to label_noise"),
 ])
 def test_corruptions_that_do_not_exist_are_one_clear_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -269,9 +269,9 @@ def replaced(path, array):
 
 @pytest.mark.parametrize(("spoil", "options", "message"), [
     (lambda folder: None, {"corruption": "nonsense"}, "nonsense: unknown; choose from brightness"),
-    (lambda folder: None, {"corruption": None, "severity": None}, "cifar10-c needs --corruption; choose from"),
-    (lambda folder: None, {"severity": 0}, "--severity 0: must be from 1 to 5"),
-    (lambda folder: None, {"num_meta": 101}, "--num-meta 101: must be from 0 to 100"),
+    (lambda folder: None, {"corruption": None, "severity": None}, "cifar10-c needs corruption; choose from"),
+    (lambda folder: None, {"severity": 0}, "severity 0: must be from 1 to 5"),
+    (lambda folder: None, {"num_meta": 101}, "num_meta 101: must be from 0 to 100"),
     (lambda folder: None, {"corruption": "snow"}, "snow.npy: not found"),
     (lambda folder: (folder / "labels.npy").unlink(), {}, "labels.npy: not found"),
     (lambda folder: replaced(folder / "labels.npy", np.zeros(50_000)), {}, "labels.npy: holds float64"),
