@@ -1,8 +1,11 @@
 """Reading image files: every format as RGB, bad files by name, and class folders."""
 
+import errno
 import os
 import stat
-import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,14 +13,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import resize
 
-from utils import check_memory, first_line, rank
+from utils import check_memory, first_line
 
 from . import cache
+from .cache import say
 
-MOST_REPORTED = 10  # bad files that are listed by name
+MOST_REPORTED = 10  # bad files that are listed by name, and causes
+NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a process that holds too much
+# Left by network drives, trash bins, disk checks, Windows and zip files made on a Mac; others begin with a dot
+FOREIGN = ("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler",
+           "lost+found", "system volume information", "thumbs.db", "desktop.ini", "__macosx")
 
 Samples = list[tuple[str, int]]  # file and class of every image
 
@@ -30,17 +38,19 @@ class ImageFileError(ValueError):
         self.path, self.cause = path, cause
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.cause}; repair or remove it, or pass --skip-bad-images"
+        return f"{self.path}: {self.cause}; repair or remove it, or pass skip_bad_images"
 
 
 def read_image(path: str) -> Image.Image:
-    """The image in mode RGB. Raises ImageFileError for a file that cannot be read."""
+    """The image in mode RGB. ImageFileError for a file that cannot be read, unless this process holds too much."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a FIFO or a device may never end
             raise ValueError("not a regular file")
         with Image.open(path) as image:
             return _as_rgb(image)
     except Exception as error:  # Pillow raises many types for a damaged file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILE:
+            raise
         raise ImageFileError(path, f"cannot be read as an image ({first_line(error)})") from None
 
 
@@ -58,12 +68,72 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def class_folders(folder: Path) -> ImageFolder:
-    """The classes and files of folder/CLASS/*. ValueError if there are none."""
+def class_folders(folder: Path) -> tuple[list[str], Samples]:
+    """The classes and the images of folder/CLASS/**, sorted by name, without what other programs have left there.
+
+    Says what is skipped, and which classes may be one. ValueError for a class without images, for a folder that would
+    count twice, and for a link that leads nowhere.
+    """
+    skipped: Counter[str] = Counter()
     try:
-        return ImageFolder(str(folder))
+        found = sorted(_images(str(folder), "", {}, skipped))
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_foreign(entry.name))
     except OSError as error:
         raise ValueError(f"{folder}: expected class folders of images ({first_line(error)})") from None
+    causes = ", ".join(f"{number} {cause}" for cause, number in skipped.most_common(MOST_REPORTED) if number)
+    report = f"skipped files: {skipped.total()} ({causes or 'none'}); images end in {', '.join(IMG_EXTENSIONS)}"
+    empty = ", ".join(sorted(set(classes) - {label for label, _, _ in found}))
+    if empty or not classes:
+        raise ValueError(f"{folder}: expected class folders of images, none in {empty or 'it'}; {report}")
+    if causes:
+        say(f"{folder}: {report}")
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
+    if several := ", ".join(" and ".join(names) for names in alike.values() if len(names) > 1):
+        say(f"{folder}: classes that differ only in case or Unicode form: {several}; merge them if they are one")
+    index = {name: number for number, name in enumerate(classes)}
+    return classes, [(os.path.join(place, name), index[label]) for label, place, name in found]
+
+
+def _images(place: str, label: str, seen: dict[str, str], skipped: Counter[str]) -> Iterator[tuple[str, str, str]]:
+    """Class, folder and name of every image below `place`, through links; counts other files by the cause."""
+    real = os.path.realpath(place)
+    if real in seen:
+        raise ValueError(f"{place} is the folder {seen[real]} again; remove the link, or its images count twice")
+    seen[real] = place
+    for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+        if _is_foreign(entry.name):
+            number = sum(len(names) for _, _, names in os.walk(entry.path)) if entry.is_dir() else 1
+            skipped[f"in {entry.name}" if entry.is_dir() else "hidden or of the system"] += number
+        elif entry.is_dir():
+            yield from _images(entry.path, label or entry.name, seen, skipped)
+        elif label and entry.name.lower().endswith(IMG_EXTENSIONS):
+            yield label, place, entry.name
+        elif not os.path.exists(entry.path):
+            raise ValueError(f"{entry.path}: a link that leads nowhere; restore its target or remove it")
+        else:
+            ending = os.path.splitext(entry.name)[1].lower() or "without an ending"
+            skipped[ending if label else "outside the class folders"] += 1
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file or folder is hidden, or made by the system or another program."""
+    return name.startswith(".") or name.lower() in FOREIGN
+
+
+def train_and_test(root: Path, test: str) -> tuple[list[str], Samples, Samples]:
+    """The classes, and the images of root/train and of root/`test`. ValueError unless both have the same classes."""
+    (classes, train), (others, tested) = class_folders(root / "train"), class_folders(root / test)
+    if different := ", ".join(map(ascii, sorted(set(classes) ^ set(others))[:MOST_REPORTED])):
+        raise ValueError(f"{root}: train and {test} have different class folders ({different}); make them the same")
+    return classes, train, tested
+
+
+def state_in(root: Path, files: str) -> str:
+    """What is wrong with published files that cannot be read from root."""
+    found = ", ".join(sorted(path.name for path in root.glob(files)))
+    return f"damaged or incomplete in {root} ({found})" if found else f"not in {root}"
 
 
 def decode(samples: Samples, folder: Path, size: int, skip_bad: bool) -> tuple[Tensor, Tensor]:
@@ -77,16 +147,7 @@ def decode(samples: Samples, folder: Path, size: int, skip_bad: bool) -> tuple[T
     cached = cache.load(entry, shape) if entry else None
     if cached is not None:
         return cached, torch.tensor([label for _, label in samples])
-    images, labels, errors = _decode(samples, size, skip_bad)
-    _report(errors, folder, len(samples))
-    if entry and not errors:
-        cache.store(entry, images)
-    return images, labels
-
-
-def _decode(samples: Samples, size: int, skip_bad: bool) -> tuple[Tensor, Tensor, list[ImageFileError]]:
-    """Images, their labels, and the errors of the files left out."""
-    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+    images = torch.empty(shape, dtype=torch.uint8)
     labels: list[int] = []
     errors: list[ImageFileError] = []
     for path, label in samples:
@@ -99,7 +160,10 @@ def _decode(samples: Samples, size: int, skip_bad: bool) -> tuple[Tensor, Tensor
             continue
         images[len(labels)] = resize(pixels, [size, size])
         labels.append(label)
-    return images[: len(labels)], torch.tensor(labels), errors
+    _report(errors, folder, len(samples))
+    if entry and not errors:
+        cache.store(entry, images)
+    return images[: len(labels)], torch.tensor(labels)
 
 
 def readable(samples: Samples, folder: Path) -> Samples:
@@ -124,7 +188,7 @@ def _report(errors: list[ImageFileError], folder: Path, total: int) -> None:
     """Print what is skipped. ValueError if that is everything."""
     if len(errors) == total:
         raise ValueError(f"{folder}: none of its {total} images can be read, the first because: {errors[0].cause}")
-    if errors and rank() == 0:
-        for error in errors[:MOST_REPORTED]:
-            print(f"skipped {error.path}: {error.cause}", file=sys.stderr)
-        print(f"{folder}: skipped {len(errors)} of {total} images", file=sys.stderr)
+    for error in errors[:MOST_REPORTED]:
+        say(f"skipped {error.path}: {error.cause}")
+    if errors:
+        say(f"{folder}: skipped {len(errors)} of {total} images")

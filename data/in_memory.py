@@ -1,5 +1,6 @@
 """Image data sets that fit in memory."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torchvision.transforms.functional import resize
 from utils import check_memory, first_line
 
 from .corruption import read_cifar_c
-from .files import class_folders, decode
+from .files import class_folders, decode, state_in, train_and_test
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 
@@ -24,21 +25,22 @@ HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def cifar10(root: Path, image_size: int | None, seed: int) -> ImageData:
-    return _cifar(torchvision.datasets.CIFAR10, "cifar10", CIFAR10_STATISTICS, root, image_size)
+    return _cifar(10, torchvision.datasets.CIFAR10, CIFAR10_STATISTICS, root, image_size)
 
 
 def cifar100(root: Path, image_size: int | None, seed: int) -> ImageData:
-    return _cifar(torchvision.datasets.CIFAR100, "cifar100", CIFAR100_STATISTICS, root, image_size)
+    return _cifar(100, torchvision.datasets.CIFAR100, CIFAR100_STATISTICS, root, image_size)
 
 
-def _cifar(kind: Any, name: str, statistics: Statistics, root: Path, image_size: int | None) -> ImageData:
-    train, test = _from_torchvision(name, lambda is_train: kind(root, train=is_train, download=True), root)
+def _cifar(num_classes: int, kind: Any, statistics: Statistics, root: Path, image_size: int | None) -> ImageData:
+    name, files = f"cifar{num_classes}", f"cifar-{num_classes}-*"
+    train, test = _from_torchvision(name, files, lambda is_train: kind(root, train=is_train, download=True), root)
     train_images, test_images = (
         _resized(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in (train, test)
     )
     return ImageData(
-        train_images, torch.tensor(train.targets), test_images, torch.tensor(test.targets), len(train.classes),
-        statistics, augment=True,
+        train_images, torch.tensor(train.targets), test_images, torch.tensor(test.targets), num_classes, statistics,
+        augment=True,
     )
 
 
@@ -72,7 +74,7 @@ def svhn(root: Path, image_size: int | None, seed: int) -> ImageData:
     def make(is_train: bool) -> Any:
         return torchvision.datasets.SVHN(str(root), split="train" if is_train else "test", download=True)
 
-    train, test = _from_torchvision("svhn", make, root)
+    train, test = _from_torchvision("svhn", "*_32x32.mat", make, root)
     return ImageData(
         _resized(torch.from_numpy(train.data), image_size), torch.from_numpy(train.labels).long(),
         _resized(torch.from_numpy(test.data), image_size), torch.from_numpy(test.labels).long(),
@@ -83,20 +85,19 @@ def svhn(root: Path, image_size: int | None, seed: int) -> ImageData:
 def folder(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> ImageData:
     """root/train and root/test of class folders; without test, a class-balanced fifth of train, chosen by the seed."""
     size = image_size or 32
-    train = class_folders(root / "train")
-    images, labels = decode(train.samples, root / "train", size, skip_bad_images)
-    if (root / "test").is_dir():
-        test = class_folders(root / "test")
-        if test.classes != train.classes:
-            raise ValueError(f"{root}: train and test have different class folders; make them the same")
-        test_images, test_labels = decode(test.samples, root / "test", size, skip_bad_images)
+    if os.path.lexists(root / "test"):  # also a link to a folder that is gone
+        classes, train, test = train_and_test(root, "test")
+        images, labels = decode(train, root / "train", size, skip_bad_images)
+        test_images, test_labels = decode(test, root / "test", size, skip_bad_images)
     else:
+        classes, train = class_folders(root / "train")
+        images, labels = decode(train, root / "train", size, skip_bad_images)
         everything = torch.arange(len(labels))
         taken = balanced_sample(labels, everything, max(1, len(labels) // 5), generator_for(seed, 0))
         test_images, test_labels = images[taken], labels[taken]
         rest = without(len(labels), taken)
         images, labels = images[rest], labels[rest]
-    return ImageData(images, labels, test_images, test_labels, len(train.classes), CIFAR10_STATISTICS, augment=True)
+    return ImageData(images, labels, test_images, test_labels, len(classes), CIFAR10_STATISTICS, augment=True)
 
 
 def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
@@ -111,14 +112,14 @@ def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
     return ImageData(images[train], labels[train], images[test], labels[test], 10, HALF, augment=False)
 
 
-def _from_torchvision(name: str, make: Callable[[bool], Any], root: Path) -> tuple[Any, Any]:
+def _from_torchvision(name: str, files: str, make: Callable[[bool], Any], root: Path) -> tuple[Any, Any]:
     """The training and the test set, downloaded and checked by torchvision if they are not in root."""
     try:
         return make(True), make(False)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{name}: not in {root} and could not be downloaded ({first_line(error)}); "
-            "put it there, or do without: --network resnet8 --dataset digits --num-meta 200 --num-epoch 20"
+            f"{name}: {state_in(root, files)}, and could not be downloaded ({first_line(error)}); "
+            "put it there, or try dataset digits, which needs no download"
         ) from None
 
 

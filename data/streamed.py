@@ -1,6 +1,10 @@
 """Image data sets that do not fit in memory: worker processes read them from disk, ahead of the training."""
 
+import contextlib
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from utils import first_line, shard
 
 from .corruption import Corruption
-from .files import ImageFileError, Samples, class_folders, read_image, readable
+from .files import ImageFileError, Samples, class_folders, read_image, readable, state_in, train_and_test
 from .images import Plan
 from .sampling import generator_for
 
@@ -81,10 +85,10 @@ class StreamedSplit(Dataset):
     def batches(self, plan: Plan) -> Iterator[Tensor]:
         loader: DataLoader[Any] = DataLoader(
             self, batch_sampler=self._wanted(plan), collate_fn=_collate, num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", worker_init_fn=_quiet,
             generator=torch.Generator(),  # its own, since dropout depends on the global one
         )
-        for images in loader:
+        for images in _read(loader) if self.workers else loader:
             if isinstance(images, ImageFileError):
                 raise images
             yield images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -94,7 +98,7 @@ class StreamedSplit(Dataset):
         folder = os.path.commonpath([path for path, _ in self.samples])
         for path, label in self.samples:
             name = os.path.relpath(path, folder)
-            digest.update(f"{name} {os.path.getsize(path)} {label}\n".encode())
+            digest.update(f"{name} {os.path.getsize(path)} {label}\n".encode(errors="surrogateescape"))
         digest.update(self.labels.cpu().numpy())  # with their noise
         if self.corruption is not None:
             digest.update(str(self.corruption).encode())
@@ -105,10 +109,29 @@ class StreamedSplit(Dataset):
         for indices, key in plan:
             own, _ = shard(len(indices))
             places = range(len(indices))[own]
-            wanted: list[tuple[int, tuple[int, ...] | None]] = []
-            for index, place in zip(indices[own].tolist(), places, strict=True):
-                wanted.append((index, None if key is None else (*key, place)))
-            yield wanted
+            yield [(index, key and (*key, place)) for index, place in zip(indices[own].tolist(), places, strict=True)]
+
+
+def _quiet(worker: int) -> None:
+    """In a worker process: threads whose pipes break print no traceback, since the training process says it."""
+    sys.excepthook = lambda *error: None
+
+
+def _read(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of worker processes. OSError, with the remedy, where these or what they need have gone."""
+    try:
+        with contextlib.ExitStack() as files:  # torch's loader fails with a traceback where it may not open these
+            for _ in range(6 * loader.num_workers + 10):
+                files.enter_context(open(os.devnull))
+        on_end = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        batches = iter(loader)
+        if on_end is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_end)  # torch's raises in whatever line is running, not here
+        yield from batches
+    except (OSError, RuntimeError, EOFError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[-1]
+        workers = f"workers {loader.num_workers}: the processes that read images failed"
+        raise OSError(f"{workers} ({cause}); give 0 to read them in the training process") from None
 
 
 def _collate(images: list[Tensor] | ImageFileError) -> Any:
@@ -118,14 +141,11 @@ def _collate(images: list[Tensor] | ImageFileError) -> Any:
 def imagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> StreamedData:
     """root/train and root/val of class folders, ImageNet's own layout; images of `image_size` (default 224) pixels."""
     size = image_size or 224
-    train, test = class_folders(root / "train"), class_folders(root / "val")
-    if train.classes != test.classes:
-        raise ValueError(f"{root}: train and val have different class folders; make them the same")
-    train_samples, test_samples = train.samples, test.samples
+    classes, train, test = train_and_test(root, "val")
     if skip_bad_images:
-        train_samples, test_samples = readable(train_samples, root / "train"), readable(test_samples, root / "val")
+        train, test = readable(train, root / "train"), readable(test, root / "val")
     return StreamedData(
-        train_samples, test_samples, len(train.classes), size,
+        train, test, len(classes), size,
         transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *NORMALISE]),
         transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *NORMALISE]),
     )
@@ -138,16 +158,15 @@ def tinyimagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_imag
         try:
             download_and_extract_archive(TINY_URL, str(root), md5=TINY_MD5)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"tinyimagenet: {folder} does not exist and could not be downloaded ({first_line(error)})"
-            ) from None
-    train = class_folders(folder / "train")
-    train_samples, test_samples = train.samples, _annotated(folder / "val", train.class_to_idx)
+            state = state_in(root, f"{folder.name}.zip")
+            raise ValueError(f"tinyimagenet: {state}, and could not be downloaded ({first_line(error)})") from None
+    classes, train = class_folders(folder / "train")
+    test = _annotated(folder / "val", classes)
     if skip_bad_images:
-        train_samples, test_samples = readable(train_samples, folder / "train"), readable(test_samples, folder / "val")
+        train, test = readable(train, folder / "train"), readable(test, folder / "val")
     resize = [transforms.Resize((size, size))] if size != 64 else []
     return StreamedData(
-        train_samples, test_samples, len(train.classes), size,
+        train, test, len(classes), size,
         transforms.Compose(
             [*resize, transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip(), *NORMALISE]
         ),
@@ -155,15 +174,15 @@ def tinyimagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_imag
     )
 
 
-def _annotated(folder: Path, class_to_index: dict[str, int]) -> Samples:
+def _annotated(folder: Path, classes: list[str]) -> Samples:
     """The images listed in the folder's val_annotations.txt: file, class and box on every line, tab-separated."""
     try:
-        lines = (folder / "val_annotations.txt").read_text().splitlines()
+        lines = (folder / "val_annotations.txt").read_text("utf-8-sig").splitlines()
         samples = []
         for line in lines:
             name, label = line.split("\t")[:2]
-            samples.append((str(folder / "images" / name), class_to_index[label]))
-    except (OSError, ValueError, KeyError) as error:
+            samples.append((str(folder / "images" / name), classes.index(label)))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder}/val_annotations.txt: expected lines of FILE<tab>CLASS<tab>… ({error})") from None
     if not samples:
         raise ValueError(f"{folder}/val_annotations.txt: lists no image")
