@@ -86,12 +86,32 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return world_size() > 1 and any(word in str(error).lower() for word in words)
 
 
+class _Parallel(nn.Module):
+    """The network as DistributedDataParallel takes it; called without inputs, the sum of its weights."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> Any:
+        if inputs:
+            return self.network(*inputs)
+        return sum(parameter.sum() for parameter in self.network.parameters())
+
+
 def data_parallel(network: nn.Module) -> nn.Module:
     """The network as the loop calls it: backward() leaves the mean of the ranks' gradients in .grad."""
     if world_size() == 1:
         return network
     # NASNet's cells have parameters that they do not use.
-    return DistributedDataParallel(network, find_unused_parameters=getattr(network, "has_unused_parameters", False))
+    has_unused = getattr(network, "has_unused_parameters", False)
+    parallel = DistributedDataParallel(_Parallel(network), find_unused_parameters=has_unused)
+    if not has_unused:
+        # After the first backward pass DistributedDataParallel sums the gradients in other groups, and from three ranks
+        # on the groups matter to the last bit. This is that pass, so that a resumed run sums as an unbroken one does.
+        parallel().backward()
+        network.zero_grad()
+    return parallel
 
 
 @contextmanager

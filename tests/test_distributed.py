@@ -1,4 +1,4 @@
-"""Two ranks on the CPU: bit-identical to each other, and equal to one process; what ends one rank ends the run."""
+"""Ranks on the CPU: bit-identical to each other, and equal to one process; what ends one rank ends the run."""
 
 import csv
 import os
@@ -16,11 +16,11 @@ from test_scripts import META_TRAIN, ONE_THREAD, ROOT, TRAIN, results, run
 import utils
 from utils import shard
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def start(*command):
-    command = [*TWO, *map(str, command)]
+def start(*command, ranks=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [*launcher, str(ranks), *map(str, command)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
 
 
@@ -42,6 +42,37 @@ def test_two_ranks_are_bit_identical_and_equal_to_one_process_on_the_same_batche
         # loss, accuracy and the metrics come in single precision, and γ of text from the loss
         tolerance = 1e-5 if name in ("numbers", "metrics") else 1e-6
         torch.testing.assert_close(value, alone[name], rtol=tolerance, atol=tolerance)
+
+
+def stopped_and_resumed(words, folder, ranks):
+    """The weights at the end of an unbroken run, and of one that is stopped after its first epoch and resumed."""
+    whole = start(META_TRAIN, *words, "--out", folder / "whole", ranks=ranks)
+    output = whole.communicate(timeout=240)[0]
+    assert whole.returncode == 0, output
+    stopped = start(META_TRAIN, *words, "--out", folder / "stopped", ranks=ranks)
+    wait_for(folder / "stopped" / "mlr_snet_1.pth")
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=120)[0]
+    assert stopped.returncode != 0, output
+    resumed = start(META_TRAIN, "--resume", "--out", folder / "stopped", ranks=ranks)
+    output = resumed.communicate(timeout=240)[0]
+    assert resumed.returncode == 0, output
+    return [torch.load(folder / name / "network.pth") for name in ("whole", "stopped")]
+
+
+# From three ranks on a sum depends on its order, and so on how the gradients are grouped.
+@pytest.mark.parametrize("words", [
+    [*TRAIN, "--batch-size", "66", "--num-epoch", "8"],
+    *[pytest.param(words, marks=pytest.mark.slow) for words in (
+        ["--network", "lstm2", "--dataset", "pydoc", "--embed-size", "16", "--batch-size", "6", "--limit-train", "6000",
+         "--limit-test", "700", "--num-epoch", "6", "--t-val", "5", "--device", "cpu"],
+        [*TRAIN, "--network", "nasnet", "--limit-train", "24", "--limit-test", "20", "--batch-size", "6",
+         "--num-meta", "20"],
+    )],
+], ids=["images", "text", "unused weights"])
+def test_three_ranks_that_are_stopped_end_as_unbroken_ones(words, tmp_path):
+    whole, stopped = stopped_and_resumed(words, tmp_path, ranks=3)
+    assert all(torch.equal(stopped[name], value) for name, value in whole.items())
 
 
 def test_the_shares_of_all_ranks_make_the_whole(monkeypatch):
@@ -110,6 +141,13 @@ def test_a_user_error_under_torchrun_is_printed_once(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def wait_for(path, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert path.exists()
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -118,9 +156,7 @@ def children(pid):
 def test_a_rank_that_dies_ends_the_run_in_which_one_rank_wrote_and_one_process_completes_it(tmp_path):
     out = tmp_path / "run"
     process = start(META_TRAIN, *TRAIN, "--num-epoch", "25", "--average", "--out", out)
-    deadline = time.monotonic() + 120
-    while not (out / "mlr_snet_1.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(out / "mlr_snet_1.pth")
     os.kill(children(process.pid)[1], signal.SIGKILL)
     killed = time.monotonic()
     output = process.communicate(timeout=120)[0]

@@ -202,9 +202,10 @@ class Trainer:
         return 0
 
     def _steps(self) -> Iterator[Step]:
+        with self.cost.paused():
+            network = data_parallel(self.network)
         steps = train(
-            data_parallel(self.network), self.task, self.optimizer, self.schedule, self.args.num_epoch, self.step,
-            self.hidden,
+            network, self.task, self.optimizer, self.schedule, self.args.num_epoch, self.step, self.hidden
         )
         try:
             yield from self.average.following(steps) if self.average else steps
