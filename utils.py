@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,13 +271,19 @@ def peak_memory_mib() -> float:
 # ---------------------------------------------------------------------------------------------- files
 
 
+TEMPORARIES = ".mlr-snet-*.tmp"  # the names of the files that become others once they are whole
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it. Rank 0 alone writes."""
+    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it. Rank 0 alone writes.
+
+    Nothing is written through a link: what `path` names is replaced, and the temporary file is new.
+    """
     if rank():
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(TEMPORARIES.replace("*", secrets.token_hex(8)))
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

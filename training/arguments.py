@@ -11,6 +11,7 @@ from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
 from training.command_line import Parser, folder, number, number_or
+from training.folder import contents
 from utils import ROOT, plain
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
@@ -126,9 +127,12 @@ def parse_run_arguments(
 
 
 def refuse_used(out: Path) -> None:
-    """ValueError where the folder holds a run."""
-    if any((out / name).exists() for name in ("args.json", "checkpoint.pth", "metrics.csv")):
+    """ValueError unless the folder is new or empty: what lies there is another run's, or the user's."""
+    names = contents(out)
+    if {"args.json", "checkpoint.pth", "metrics.csv"} & set(names):
         raise ValueError(f"--out {out} holds another run; continue it with --resume or give another --out")
+    if names:
+        raise ValueError(f"--out {out} holds files that a run could overwrite, such as {names[0]}; give a new folder")
 
 
 def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argparse.Namespace:

@@ -7,12 +7,14 @@ import json
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from utils import (
     COSTS,
     ROOT,
+    TEMPORARIES,
     all_gather,
     checksum,
     first_line,
@@ -238,6 +241,14 @@ class Checkpoint:
         return state
 
 
+def contents(folder: Path) -> list[str]:
+    """The names of what lies in the folder, apart from the lock and from what killed runs left half-written."""
+    if not folder.exists():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name != ".lock" and not fnmatch(name, TEMPORARIES)]
+
+
 class FolderLock:
     """Keeps a folder to one process. The operating system releases the lock with the process, even by kill -9.
 
@@ -255,23 +266,39 @@ class FolderLock:
             import fcntl
         except ImportError:  # Windows
             return
-        file = open(self.folder / ".lock", "a+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            pid, _, command = file.read().decode().strip().partition(" ")
-            file.close()
-            raise ValueError(
-                f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
-            ) from None
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()} {' '.join(sys.argv)}\n".encode())
-        except OSError as error:
-            file.close()
-            raise OSError(f"{file.name}: could not be written ({error.strerror}); make room") from None
+        with ExitStack() as undo:
+            file = undo.enter_context(self._open())
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_free = True
+            except BlockingIOError:
+                is_free = False
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read() if is_file else b""
+            if not is_file or not re.fullmatch(rb"\d*|\d+ .*", content, re.DOTALL):
+                raise ValueError(f"{file.name} is not a lock of this software; give another --out")
+            if not is_free:
+                pid, _, command = content.decode(errors="replace").strip().partition(" ")
+                raise ValueError(
+                    f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
+                )
+            try:
+                file.seek(0)
+                file.truncate()
+                file.write(os.fsencode(f"{os.getpid()} {' '.join(sys.argv)}\n"))
+            except OSError as error:
+                raise OSError(f"{file.name}: could not be written ({error.strerror}); make room") from None
+            undo.pop_all()
         self.file = file
+
+    def _open(self) -> Any:
+        """The file .lock, new where there is none. OSError for a link: its target is not ours."""
+        path = self.folder / ".lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        try:
+            return open(path, "r+b", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
+        except OSError as error:
+            raise OSError(f"{path}: could not be opened ({error.strerror}); give another --out") from None
 
     def release(self) -> None:
         """Free the folder, where it is locked."""

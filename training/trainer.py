@@ -23,10 +23,11 @@ from mlr_snet import Schedule, Step, train
 from training.arguments import refuse_used
 from training.averaging import Average, evaluating
 from training.command_line import is_out_of_memory
-from training.folder import Checkpoint, Cost, FolderLock, Log, Metrics, provenance
+from training.folder import Checkpoint, Cost, FolderLock, Log, Metrics, contents, provenance
 from training.measuring import Measurement
 from training.pictures import draw_run
 from utils import (
+    TEMPORARIES,
     all_gather,
     checksum,
     data_parallel,
@@ -38,6 +39,7 @@ from utils import (
     write_atomically,
 )
 
+BEFORE_CHECKPOINT = ("args.json", "lr_scale.json", "lr_scale.png")  # what a run writes before its first checkpoint
 FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers come to the host
 
 
@@ -110,6 +112,9 @@ class Trainer:
             self.lock.acquire()
         with ExitStack() as undo:
             undo.callback(self.lock.release)
+            if rank() == 0:
+                for path in args.out.glob(TEMPORARIES):  # of a run that was killed
+                    path.unlink()
             self._restore()
             undo.pop_all()  # the run keeps its lock
 
@@ -120,9 +125,9 @@ class Trainer:
             self.step, self.hidden = self.checkpoint.load()
             self.saved_step = self.step
             return
-        results = [*out.glob("metrics.csv"), *out.glob("*.pth")]
+        results = [name for name in contents(out) if name not in BEFORE_CHECKPOINT]
         if self.args.resume and results:
-            raise ValueError(f"{path} is missing beside {results[0].name}; restore it or start a new run elsewhere")
+            raise ValueError(f"{path} is missing beside {results[0]}; restore it or start a new run elsewhere")
         if not self.args.resume:
             refuse_used(out)  # again, since another run may have come and gone
         if rank():
