@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from race import Race
-from report import COLOURS, Record, coloured
+from drawing import COLOURS, coloured
+from records import Record
 
 from utils import write_atomically
 
@@ -50,9 +50,9 @@ def is_available() -> bool:
     return importlib.util.find_spec("bokeh") is not None
 
 
-def write_page(path: Path, title: str, race: Race, records: list[Record], highlight: Sequence[str] = ()) -> None:
-    """The page of a table: of every group the curves and the rows. The lines of `highlight` are the ones shown first,
-    or the pictures' own choice.
+def write_page(path: Path, title: str, records: list[Record], highlight: Sequence[str] = ()) -> None:
+    """The page of a table, beside the folder `runs`: for every group the curves and the rows. The lines of `highlight`
+    are shown first, by default those that the pictures show in colour.
     """
     from bokeh.embed import file_html
     from bokeh.layouts import column
@@ -62,7 +62,7 @@ def write_page(path: Path, title: str, race: Race, records: list[Record], highli
     head = (
         f"<h1>{html.escape(title)}</h1>Click the head of a column to sort by it, and a name beside a picture to show "
         "or hide its lines. Means over the seeds, ± one standard deviation; time, passes and memory relative to fixed "
-        "(text: sgd+val). The best epoch is picked on test data. Provenance: <a href='table.md'>table.md</a>."
+        "(text: sgd+val). The best epoch is picked on test data. Provenance: <a href='README.md'>README.md</a>."
     )
     parts = [Div(text=head, width=1200)]
     shown = coloured([record for record in records if "runs" in record], highlight)
@@ -72,7 +72,7 @@ def write_page(path: Path, title: str, race: Race, records: list[Record], highli
         finished = [record for record in members if "runs" in record]
         if finished:
             parts.append(_curves(finished, shown))
-        parts.append(_rows(members, race))
+        parts.append(_rows(members))
     page = file_html(column(*parts), INLINE, title)
     write_atomically(path, page.encode())
 
@@ -116,7 +116,7 @@ def _panel(name: str, members: list[Record], shown: list[str]) -> Any:
         panel.line(
             list(range(1, len(means) + 1)), means, name=record["label"], visible=record["label"] in shown,
             color=COLOURS[place % len(COLOURS)], line_dash=DASHES[place // len(COLOURS) % len(DASHES)],
-            line_width=3 if record["label"].startswith("MLR-SNet") else 1.5,
+            line_width=3 if record["is_ours"] else 1.5,
         )
     return panel
 
@@ -129,7 +129,7 @@ def _means(record: Record, name: str) -> list[float]:
     return means
 
 
-def _rows(members: list[Record], race: Race) -> Any:
+def _rows(members: list[Record]) -> Any:
     """The sortable rows, with a link to the run folder of every seed."""
     from bokeh.models import ColumnDataSource
     from bokeh.models.widgets import DataTable, HTMLTemplateFormatter, NumberFormatter, TableColumn
@@ -142,7 +142,7 @@ def _rows(members: list[Record], race: Race) -> Any:
             data[name] = values
             formatter = NumberFormatter(format=f"0.{'0' * decimals}" if decimals else "0", null_format="–")
             columns.append(TableColumn(field=name, title=title, width=105, formatter=formatter))
-    data["runs"] = [_links(record, race) for record in members]
+    data["runs"] = [_links(record) for record in members]
     columns.append(TableColumn(
         field="runs", title="runs (seeds)", width=110, sortable=False,
         formatter=HTMLTemplateFormatter(template="<%= value %>"),
@@ -153,10 +153,6 @@ def _rows(members: list[Record], race: Race) -> Any:
     )
 
 
-def _links(record: Record, race: Race) -> str:
-    """A link for every seed, to its run folder beside the page."""
-    links = []
-    for cell in race.cells:
-        if (cell.group, cell.method) == (record["group"], record["method"]):
-            links.append(f"<a href='{race.folder.name}/{quote(cell.name)}/'>{cell.seed}</a>")
-    return " ".join(links)
+def _links(record: Record) -> str:
+    """A link for every seed, to its run folder."""
+    return " ".join(f"<a href='runs/{quote(name)}/'>{seed}</a>" for seed, name in record["names"].items())

@@ -3,8 +3,6 @@ a stopped one resumes.
 """
 
 import contextlib
-import csv
-import io
 import json
 import os
 import shlex
@@ -18,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell
+from runs import rows_of
 from tqdm import tqdm
 
 from training.folder import FolderLock
-from utils import read_text, write_atomically
+from utils import write_atomically
 
 
 class CellRun:
@@ -113,7 +112,7 @@ class CellRun:
 
 
 class Race:
-    """The runs of a table's cells, each in a folder of its own, and what lies in those folders."""
+    """The runs of a table's cells, each in a folder of its own."""
 
     def __init__(self, cells: list[Cell], folder: Path):
         self.cells, self.folder = cells, folder
@@ -140,18 +139,14 @@ class Race:
 
     def _prepare(self, threads: int) -> None:
         """Describe each run once, and let signals stop them."""
-        for cell in self._whole():
+        for cell in self.cells:
             self.runs.append(CellRun(cell.name, cell.command, self.folder / cell.name, threads))
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
 
-    def _whole(self) -> list[Cell]:
-        """The cells whose runs serve all others."""
-        return list({cell.name: cell for cell in self.cells if cell.is_whole}.values())
-
     def _follow(self, jobs: list[Any]) -> None:
         """Show the progress until all jobs have ended. The first that cannot run stops the others."""
-        bar = tqdm(total=sum(cell.num_epochs for cell in self._whole()), unit="epoch", disable=None)
+        bar = tqdm(total=sum(cell.num_epochs for cell in self.cells), unit="epoch", disable=None)
         failure, polls = "", 0
         while jobs:
             for job in [job for job in jobs if job.done()]:
@@ -161,7 +156,7 @@ class Race:
                     if failure:
                         self._stop()
             if polls % 50 == 0:  # reading all metrics takes time that the runs need
-                bar.update(sum(len(self.rows(cell)) for cell in self._whole()) - bar.n)
+                bar.update(sum(len(rows_of(self.folder / cell.name)) for cell in self.cells) - bar.n)
             polls += 1
             time.sleep(0.2)
         bar.close()
@@ -183,26 +178,3 @@ class Race:
             run.stop()
         for job in self.jobs:
             job.cancel(check=False)
-
-    def rows(self, cell: Cell) -> list[dict[str, float]]:
-        """metrics.csv so far, up to the last epoch that counts."""
-        return self._all_rows(cell)[: cell.num_epochs]
-
-    def _all_rows(self, cell: Cell) -> list[dict[str, float]]:
-        rows = []
-        for line in csv.DictReader(io.StringIO(read_text(self.folder / cell.name / "metrics.csv"))):
-            rows.append({name: float(value) for name, value in line.items()})
-        return rows
-
-    def cost(self, cell: Cell) -> dict[str, float]:
-        """cost.json, with the passes of the epochs that count."""
-        cost = self.record(cell, "cost.json")
-        share = cell.num_epochs / len(self._all_rows(cell))
-        for name in cost:
-            if name.endswith("_passes"):
-                cost[name] *= share
-        return cost
-
-    def record(self, cell: Cell, name: str) -> dict[str, Any]:
-        """A JSON file of a cell's folder."""
-        return json.loads((self.folder / cell.name / name).read_text())

@@ -8,32 +8,56 @@ user with the time for a grid would pick it, so a method that beats the grid has
 seed diverged has an infinite regret on that problem.
 """
 
-import contextlib
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from race import Race
-from report import COLOURS, Record, provenance_of, pyplot_for_files, style_of, write_csv
-from specs import GRID_METHODS
-
-from utils import write_atomically
+from drawing import COLOURS, save, style_of, subplots
+from methods import GRID
+from records import Record
+from runs import Run
+from writing import MOST_ROWS, markdown, write_csv
 
 CLOSE = 1.0  # point or %
 REGRET_COLUMNS = ["group", "method", "weights", "unit", "result", "regret", "relative_steps"]
-WEIGHTS = {"live": "last_mean", "averaged": "average_mean"}  # where a record of report.py has their result
+PEAK_COLUMNS = ["group", "best_peak", "is_end_of_grid", "result", "measured", "measured_over_best"]
+WEIGHTS = {"live": "last_mean", "averaged": "average_mean"}  # where a record has their result
 MEASURED = "cosine (measured)"  # its runs show the measured rate
 
 
+def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: Sequence[str]) -> list[str]:
+    """Write regret.csv, peaks.csv and regret.png; the lines of the page that show them."""
+    regrets, peaks = regrets_of(records), peaks_of(runs, records)
+    summaries = summaries_of(regrets)
+    write_csv(folder / "regret.csv", REGRET_COLUMNS, regrets)
+    write_csv(folder / "peaks.csv", PEAK_COLUMNS, peaks)
+    draw_profile(folder / "regret.png", summaries, highlight)
+    near = [peak["measured_over_best"] for peak in peaks if peak["measured_over_best"] is not None]
+    shares = [len([ratio for ratio in near if 1 / factor <= ratio <= factor]) for factor in (2, 3)]
+    return [
+        f"Regret over {len(peaks)} problems, each method with its better weights:", "",
+        *markdown(_rows(summaries, highlight)), "",
+        "Points of accuracy behind the best of a grid of cosines, and per cent of perplexity; the best is picked on "
+        "test data. Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training. "
+        "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
+        "every result.", "",
+        f"The measured rate is within a factor of 2 of the grid's best peak on {shares[0]} of {len(near)} problems, "
+        f"and within 3 on {shares[1]} ([peaks.csv](peaks.csv)).", "",
+        "![Share of the problems against the regret](regret.png)", "",
+    ]
+
+
 def zero_marks(records: list[Record]) -> dict[str, Record]:
-    """The record of the best cosine of every group. A group where no peak finished has none."""
+    """The record of the best cosine of every group, of equal ones that from the lowest peak. A group where no peak
+    finished has none.
+    """
     best: dict[str, Record] = {}
-    for record in records:
-        if record["method"] in GRID_METHODS and _has_finished(record):
-            group = record["group"]
-            if group not in best or _difference(record["last_mean"], best[group]) < 0:
-                best[group] = record
+    grid = [record for record in records if record["method"] in GRID and _has_finished(record)]
+    for record in sorted(grid, key=lambda record: GRID[record["method"]]):
+        group = record["group"]
+        if group not in best or _difference(record["last_mean"], best[group]) < 0:
+            best[group] = record
     return best
 
 
@@ -52,10 +76,10 @@ def regrets_of(records: list[Record]) -> list[Record]:
     marks = zero_marks(records)
     regrets = []
     for record in records:
-        if record["group"] not in marks or record["method"] in GRID_METHODS:
+        if record["group"] not in marks or record["method"] in GRID:
             continue
         mark = marks[record["group"]]
-        regret = {"group": record["group"], "method": record["method"]}
+        regret = {"group": record["group"], "method": record["method"], "is_ours": record["is_ours"]}
         regret["unit"] = "points" if mark["metric"] == "test_acc" else "%"
         for weights, column in WEIGHTS.items():
             if column not in mark:
@@ -81,7 +105,8 @@ def summaries_of(regrets: list[Record]) -> list[Record]:
         finite = [value for value in values if math.isfinite(value)]
         steps = [regret["relative_steps"] for regret in group if regret["relative_steps"] is not None]
         summary: Record = {
-            "method": method, "weights": weights, "values": values, "median": statistics.median(values),
+            "method": method, "weights": weights, "is_ours": group[0]["is_ours"], "values": values,
+            "median": statistics.median(values),
             "close": len([value for value in values if value <= CLOSE]) / len(values),
             "diverged": len(values) - len(finite), "finite_mean": statistics.mean(finite) if finite else math.inf,
             "relative_steps": statistics.mean(steps) if steps else None,
@@ -94,63 +119,55 @@ def summaries_of(regrets: list[Record]) -> list[Record]:
     return sorted(summaries, key=lambda summary: (summary["diverged"], summary["finite_mean"]))
 
 
-# ---------------------------------------------------------------------------------------------- files
+def shown(summaries: list[Record], highlight: Sequence[str], most: int) -> list[Record]:
+    """Each method with its better weights, at most so many, the best first: those in `highlight`, else MLR-SNet's, and
+    the best others.
+    """
+    better: dict[str, Record] = {}
+    for summary in summaries:  # the best first
+        better.setdefault(summary["method"], summary)
+
+    def is_first(summary: Record) -> bool:
+        return summary["method"] in highlight if highlight else summary["is_ours"]
+
+    ranked = list(better.values())
+    chosen = sorted(ranked, key=lambda summary: not is_first(summary))[:most]
+    return [summary for summary in ranked if summary in chosen]
 
 
-def write_regret(out: Path, race: Race, records: list[Record], highlight: Sequence[str], command: str) -> None:
-    """regret.csv, regret.md and regret.png."""
-    regrets = regrets_of(records)
-    summaries = summaries_of(regrets)
-    write_csv(out / "regret.csv", REGRET_COLUMNS, regrets)
-    write_atomically(out / "regret.md", _page(race, records, summaries, command).encode())
-    draw_profile(out / "regret.png", summaries, highlight)
-
-
-def _page(race: Race, records: list[Record], summaries: list[Record], command: str) -> str:
+def _rows(summaries: list[Record], highlight: Sequence[str]) -> list[list[str]]:
     rows = [["method", "weights", "images: mean (points)", "worst", "text: mean (%)", "worst", "all: median",
              "within 1", "diverged", "steps"]]
-    for summary in summaries:
+    for summary in shown(summaries, highlight, MOST_ROWS):
         row = [summary["method"], summary["weights"]]
         row += [_number(summary.get(name)) for name in ("mean points", "worst points", "mean %", "worst %", "median")]
         row += [f"{100 * summary['close']:.0f} %", str(summary["diverged"]), _number(summary["relative_steps"])]
         rows.append(row)
-    lines = [
-        "# Regret without tuning", "", "Behind the best of a grid of cosines, picked on the test data: points of "
-        "accuracy, per cent of perplexity. Steps are forward passes per step of the run, so that 1.10 means a tenth "
-        "more than training alone.", "", *_markdown(rows), "", "## The best cosine of every problem", "",
-        *_markdown(_marks(race, records)), "", provenance_of(race, command), "",
-    ]
-    return "\n".join(lines)
-
-
-def _marks(race: Race, records: list[Record]) -> list[list[str]]:
-    """The rows of the table of zero marks, under their header."""
-    marks = zero_marks(records)
-    rows = [["problem", "best cosine from", "its result", "measured rate", "measured / best"]]
-    for group in dict.fromkeys(record["group"] for record in records):
-        members = [record for record in records if record["group"] == group]
-        if group not in marks:
-            rows.append([members[0]["title"], "none finished", "–", "–", "–"])
-            continue
-        peak = GRID_METHODS[marks[group]["method"]]
-        peaks = [GRID_METHODS[record["method"]] for record in members if record["method"] in GRID_METHODS]
-        note = " (the end of the grid)" if peak in (min(peaks), max(peaks)) else ""
-        unit = " %" if marks[group]["metric"] == "test_acc" else ""
-        measured = measured_lr(race, group)
-        rows.append([
-            members[0]["title"], f"{peak:g}{note}", f"{marks[group]['last_mean']:.2f}{unit}",
-            "–" if measured is None else f"{measured:.3g}", "–" if measured is None else f"{measured / peak:.2f}",
-        ])
     return rows
 
 
-def measured_lr(race: Race, group: str) -> float | None:
+def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
+    """The best peak of the grid on every problem, and the measured rate beside it."""
+    marks = zero_marks(records)
+    peaks = []
+    for group in dict.fromkeys(record["group"] for record in records):
+        members = [record for record in records if record["group"] == group]
+        measured = measured_lr(runs, members)
+        peak: Record = {"group": group, "measured": measured, "measured_over_best": None}
+        if group in marks:
+            best = GRID[marks[group]["method"]]
+            grid = [GRID[record["method"]] for record in members if record["method"] in GRID]
+            peak |= {"best_peak": best, "is_end_of_grid": best in (min(grid), max(grid)),
+                     "result": marks[group]["last_mean"],
+                     "measured_over_best": measured and measured / best}
+        peaks.append(peak)
+    return peaks
+
+
+def measured_lr(runs: list[Run], members: list[Record]) -> float | None:
     """The measured rate of a problem, the geometric mean over the seeds, where its runs have measured one."""
-    rates = []
-    for cell in race.cells:
-        if cell.group == group and cell.method == MEASURED:
-            with contextlib.suppress(FileNotFoundError):
-                rates.append(race.record(cell, "lr_scale.json")["scale"])
+    names = [name for record in members if record["method"] == MEASURED for name in record["names"].values()]
+    rates = [run.lr_scale["scale"] for run in runs if run.name in names and run.lr_scale]
     return statistics.geometric_mean(rates) if rates else None
 
 
@@ -160,42 +177,22 @@ def _number(value: float | None) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "∞"
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
-# ---------------------------------------------------------------------------------------------- picture
-
-
-def profiled(summaries: list[Record], highlight: Sequence[str]) -> list[Record]:
-    """What the picture shows: each method with its better weights, at most eight, MLR-SNet's first, then the best."""
-    better: dict[str, Record] = {}
-    for summary in summaries:  # the best first
-        better.setdefault(summary["method"], summary)
-    if highlight:
-        return [summary for summary in better.values() if summary["method"] in highlight]
-    ranked = sorted(better.values(), key=lambda summary: not summary["method"].startswith("MLR-SNet"))
-    return ranked[: len(COLOURS)]
-
-
 def draw_profile(path: Path, summaries: list[Record], highlight: Sequence[str] = ()) -> None:
-    """regret.png, a performance profile: the share of the problems on which a method's regret is at most x."""
-    pyplot = pyplot_for_files()
-    figure, panel = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
-    shown = profiled(summaries, highlight)
-    labels = [f"{summary['method']}, {summary['weights']} weights" for summary in shown]
-    finite = [value for summary in shown for value in summary["values"] if math.isfinite(value)]
+    """A performance profile: the share of the problems on which a method's regret is at most x."""
+    figure, ((panel,),) = subplots(1, 1, width=9, height=5.2)
+    lines = shown(summaries, highlight, len(COLOURS))
+    labels = [f"{summary['method']}, {summary['weights']} weights" for summary in lines]
+    finite = [value for summary in lines for value in summary["values"] if math.isfinite(value)]
     low, high = min([-1.0, *finite]), 10.0
-    for label, summary in zip(labels, shown, strict=True):
+    for label, summary in zip(labels, lines, strict=True):
         values = sorted(value for value in summary["values"] if value <= high)
         shares = [100 * number / len(summary["values"]) for number in range(len(values) + 1)]
-        panel.step([low, *values, high], [*shares, shares[-1]], where="post", label=label, **style_of(label, labels))
+        style = style_of(label, labels, summary["is_ours"])
+        panel.step([low, *values, high], [*shares, shares[-1]], where="post", label=label, **style)
     panel.set(
         xlim=(low, high), ylim=(0, 102), xlabel="regret (points of accuracy, or % of perplexity)",
         ylabel="share of the problems (%)",
     )
     panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     panel.legend(fontsize="small", loc="lower right")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)

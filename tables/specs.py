@@ -1,11 +1,18 @@
-"""The tables as data: methods, presets, lines and published numbers. To add a table or a method, add its entry.
+"""The tables as data: their questions, methods and lines, and the paper's numbers. To add a table, add its entry.
 
-Arguments are written as on the command line of tables.py, FLAG=VALUE separated by spaces; a flag without a value ends
-in "=". Their order is part of a run's name, so a change of order makes a new run.
+A line is what one section of a table trains: a network, a data set and further flags of the scripts, written as
+FLAG=VALUE; a flag without a value ends in "=".
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from methods import CONSTANT, DECAYING, FINDER, MEASURED, META_POINTS
+
+from data import TEXTS
+
+Arguments = dict[str, str]  # of a script: flag without dashes -> value, "" for a flag without one
 
 
 @dataclass(frozen=True)
@@ -13,126 +20,62 @@ class Table:
     """One table: a section for every line, in it a row for every method."""
 
     title: str
+    question: str
     methods: list[str]
-    presets: dict[str, str]  # preset -> the arguments that all its lines share
-    lines: dict[str, dict[str, str]]  # preset -> line -> its own arguments, which override the preset's
-    published: dict[str, dict[str, str]] = field(default_factory=dict)  # line -> method -> the paper's number
+    presets: dict[str, list[Arguments]]  # "paper", "desk" -> its lines; "smoke" follows from "desk"
+    named_by: tuple[str, ...] = ()  # the flags that tell its lines apart, beside network and data set
+    published: dict[str, dict[str, str]] = field(default_factory=dict)  # problem -> method -> the paper's number
     text_methods: list[str] = field(default_factory=list)  # of the text lines, in a table that has images and text
     only_in_t_val: list[str] = field(default_factory=list)  # methods that t_val.png shows instead of table.png
     has_regret: bool = False  # every line also runs a grid of cosines, whose best is the zero mark of regret.py
+    own_data: bool = False  # whoever runs it brings the data, for the smoke, too
+
+    @property
+    def preset_names(self) -> list[str]:
+        return [*self.presets, "smoke"]
+
+    def lines(self, preset: str) -> list[Arguments]:
+        return self.presets[preset] if preset in self.presets else smoke_of(self.presets["desk"], self.own_data)
 
 
-# Peak rates at most a factor of 3 apart. A line of a table with regrets runs a cosine from each of its optimizer's;
-# AdamW has Adam's.
-GRIDS: dict[tuple[str, str], list[str]] = {
-    ("images", "sgd"): ["0.035", "0.1", "0.3", "0.9", "2.7"],
-    ("images", "momentum"): ["0.012", "0.035", "0.1", "0.3", "0.9"],
-    ("images", "adam"): ["0.00018", "0.0005", "0.0014", "0.004", "0.012", "0.035"],
-    ("text", "sgd"): ["0.9", "2.7", "8", "24", "72"],
-    ("text", "momentum"): ["0.1", "0.3", "0.9", "2.7", "8"],
-    ("text", "adam"): ["0.0005", "0.0014", "0.004", "0.012", "0.035"],
+def parse(text: str) -> Arguments:
+    """The arguments in "FLAG=VALUE FLAG=VALUE"."""
+    return dict(word.split("=", 1) for word in text.split())
+
+
+def lines(shared: str, *choices: Sequence[str]) -> list[Arguments]:
+    """A line for every combination of one of each of the choices, which override what is shared."""
+    return [parse(" ".join([shared, *combination])) for combination in itertools.product(*choices)]
+
+
+def flag(name: str, *values: str) -> list[str]:
+    """The choices of one flag."""
+    return [f"{name}={value}" for value in values]
+
+
+SMOKE = {
+    "images": "network=resnet8 dataset=digits num-epoch=2 limit-train=64 limit-test=100 batch-size=16 num-meta=100",
+    "text": "dataset=pydoc num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4",
 }
-GRID_METHODS = {f"cosine {peak}": float(peak) for peaks in GRIDS.values() for peak in peaks}
-DECAYING = ["cosine", "warmup-cosine", "linear", "wsd"]  # raced at three peaks: usual, measured and constant
-MEASURED = {f"{name} (measured)": f"meta-test --schedule {name} --lr measured" for name in DECAYING}
-FINDER = "cosine (Lightning finder)"
-CONSTANT = {f"{name} (constant)": f"meta-test --schedule {name}" for name in DECAYING}  # cells.py sets the rate
+SMOKE_DIFFERENCES = {"num-epoch": ("2", "3"), "limit-train": ("64", "128"), "t-val": ("1", "2")}  # of two lines
 
-METHODS: dict[str, str] = {  # the script and the arguments that make the method
-    "MLR-SNet (learning)": "meta-train",
-    "MLR-SNet (learning, lookahead, T_val 3)": "meta-train --meta-point lookahead --t-val 3",
-    "MLR-SNet (learning, lookahead, T_val 10)": "meta-train --meta-point lookahead --t-val 10",
-    "MLR-SNet (learning, lookahead, T_val 30)": "meta-train --meta-point lookahead --t-val 30",
-    "MLR-SNet (learning, lookahead, T_val 100)": "meta-train --meta-point lookahead --t-val 100",
-    "MLR-SNet (learning, average, T_val 3)": "meta-train --meta-point average --t-val 3",
-    "MLR-SNet (learning, average, T_val 10)": "meta-train --meta-point average --t-val 10",
-    "MLR-SNet (learning, average, T_val 30)": "meta-train --meta-point average --t-val 30",
-    "MLR-SNet (learning, average, T_val 100)": "meta-train --meta-point average --t-val 100",
-    # Twice the γ that the loss gives: for ten classes, and for about a hundred characters.
-    "MLR-SNet (learning, average, T_val 10, gamma 1.34)": "meta-train --meta-point average --t-val 10 --gamma 1.34",
-    "MLR-SNet (learning, average, T_val 10, gamma 17)": "meta-train --meta-point average --t-val 10 --gamma 17",
-    "MLR-SNet (transferred)": "meta-test --schedule mlr-snet",
-    # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
-    "MLR-SNet (transferred, gamma 0.067)": "meta-test --schedule mlr-snet --gamma 0.067",
-    "MLR-SNet (transferred, average net)": "meta-test --schedule mlr-snet --nets average",
-    "MLR-SNet (transferred, measured)": "meta-test --schedule mlr-snet --gamma measured",
-    "MLR-SNet (transferred, average net, measured)": "meta-test --schedule mlr-snet --nets average --gamma measured",
-    "fixed": "meta-test --schedule fixed",
-    "fixed (measured)": "meta-test --schedule fixed --lr measured",
-    "fixed 0.4": "meta-test --schedule fixed --lr 0.4",
-    "fixed 5": "meta-test --schedule fixed --lr 5",
-    "multistep": "meta-test --schedule multistep",
-    "multistep (measured)": "meta-test --schedule multistep --lr measured",
-    "exponential": "meta-test --schedule exponential",
-    "cosine": "meta-test --schedule cosine",
-    "cosine 0.5": "meta-test --schedule cosine --lr 0.5",
-    "warmup-cosine": "meta-test --schedule warmup-cosine",
-    "linear": "meta-test --schedule linear",
-    "wsd": "meta-test --schedule wsd",
-    **MEASURED,
-    FINDER: "meta-test --schedule cosine --lr lightning",
-    **CONSTANT,
-    **{name: f"meta-test --schedule {name.replace(' ', ' --lr ')}" for name in GRID_METHODS},
-    "sgdr": "meta-test --schedule sgdr",
-    "onecycle": "meta-test --schedule onecycle",
-    "adam": "meta-test --schedule fixed --optimizer adam",
-    "sgd+val": "meta-test --schedule val",
-    "adam+val": "meta-test --schedule val --optimizer adam",
-    "plateau": "meta-test --schedule plateau",
-    "greedy": "meta-test --schedule greedy",
-    "hd": "meta-test --schedule hd",
-    "hd-adam": "meta-test --schedule hd --optimizer adam",
-    "rtho": "meta-test --schedule rtho",
-    "l4mom": "meta-test --schedule l4mom",
-    "l4adam": "meta-test --schedule l4adam",
-    "schedule-free": "meta-test --schedule schedule-free",
-    "schedule-free-adamw": "meta-test --schedule schedule-free --optimizer adamw",
-    "prodigy": "meta-test --schedule prodigy --optimizer adam",
-    "dadaptation": "meta-test --schedule dadaptation",
-}
 
-# Run folders carry these older names, and --only takes them as well: committed results are found by their commands.
-OLDER_NAMES: dict[str, str] = {
-    "MLR-SNet (learning)": "ours (train)",
-    "MLR-SNet (learning, lookahead, T_val 3)": "lookahead 3",
-    "MLR-SNet (learning, lookahead, T_val 10)": "lookahead 10",
-    "MLR-SNet (learning, lookahead, T_val 30)": "lookahead 30",
-    "MLR-SNet (learning, lookahead, T_val 100)": "lookahead 100",
-    "MLR-SNet (learning, average, T_val 3)": "average 3",
-    "MLR-SNet (learning, average, T_val 10)": "average 10",
-    "MLR-SNet (learning, average, T_val 30)": "average 30",
-    "MLR-SNet (learning, average, T_val 100)": "average 100",
-    "MLR-SNet (learning, average, T_val 10, gamma 1.34)": "average 10 gamma 1.34",
-    "MLR-SNet (learning, average, T_val 10, gamma 17)": "average 10 gamma 17",
-    "MLR-SNet (transferred)": "ours (transfer)",
-    "MLR-SNet (transferred, gamma 0.067)": "ours (transfer) gamma 0.067",
-    "MLR-SNet (transferred, average net)": "ours (transfer) average",
-}
+def smoke_of(desk: list[Arguments], own_data: bool) -> list[Arguments]:
+    """The first and the last line at the smallest sizes, without a download. What they differ in, they still do."""
+    ends = [desk[0], desk[-1]]
+    kinds = ["text" if line["dataset"] in TEXTS else "images" for line in ends]
+    small = []
+    for place, (line, kind) in enumerate(zip(ends, kinds, strict=True)):
+        arguments = line | parse(SMOKE[kind])
+        if own_data:
+            arguments["dataset"] = line["dataset"]
+        for name, values in SMOKE_DIFFERENCES.items():
+            if kinds[0] == kinds[1] and ends[0].get(name) != ends[1].get(name):
+                arguments[name] = values[place]
+        if arguments not in small:
+            small.append(arguments)
+    return small
 
-# These adapt to the length of the run. Any other method's run on a long line also serves the shorter lines.
-KNOWS_ITS_LENGTH = [
-    "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, gamma 0.067)", "multistep", "cosine 0.5",
-    "onecycle", "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)",
-    "fixed (measured)", "multistep (measured)", *DECAYING, *MEASURED, *CONSTANT, FINDER, *GRID_METHODS,
-]
-WITHOUT_MOMENTUM = ["adam", "adam+val", "hd-adam", "l4mom", "l4adam", "schedule-free-adamw", "prodigy"]
-OWN_DIRECTION = ["l4mom", "l4adam"]  # which stands in for the optimizer's
-CLIPPED_SGD = [  # on text they start at rate 20
-    "fixed", "onecycle", "schedule-free", "hd", "rtho", "plateau", "greedy", *DECAYING,
-]
-
-NETWORK_TITLES = {
-    "resnet": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50", "resnet101": "ResNet-101",
-    "resnet152": "ResNet-152", "resnet50-imagenet": "ResNet-50", "resnet8": "ResNet-8", "resnet20": "ResNet-20",
-    "shufflenetv2": "ShuffleNetV2", "wideresnet": "WRN-28-10", "mobilenetv2": "MobileNetV2", "nasnet": "NASNet",
-    "densenet121": "DenseNet-121", "vit": "a vision transformer", "lstm2": "2-layer LSTM", "lstm3": "3-layer LSTM",
-    "gpt": "a causal transformer",
-}
-DATASET_TITLES = {
-    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cifar10-c": "CIFAR-10-C", "cifar100-c": "CIFAR-100-C",
-    "svhn": "SVHN", "tinyimagenet": "TinyImageNet", "imagenet": "ImageNet", "digits": "scikit-learn's digits",
-    "ptb": "Penn Treebank", "pydoc": "Python's documentation",
-}
 
 STAGE = [
     "MLR-SNet (learning)", "fixed", "multistep", "exponential", "cosine", "cosine 0.5", "sgdr", "onecycle", "adam",
@@ -140,83 +83,37 @@ STAGE = [
 ]
 LANGUAGE = ["MLR-SNet (learning)", "sgd+val", "adam+val", "hd", "rtho", "l4adam", "MLR-SNet (transferred)"]
 TRANSFER = ["MLR-SNet (transferred)", "fixed", "multistep", "exponential", "cosine", "sgdr", "adam"]
-META_POINTS = [
-    "MLR-SNet (learning, lookahead, T_val 3)", "MLR-SNet (learning, lookahead, T_val 10)",
-    "MLR-SNet (learning, lookahead, T_val 30)", "MLR-SNet (learning, lookahead, T_val 100)",
-    "MLR-SNet (learning, average, T_val 3)", "MLR-SNet (learning, average, T_val 10)",
-    "MLR-SNet (learning, average, T_val 30)", "MLR-SNet (learning, average, T_val 100)",
-]
-META_POINTS_NOT_AT_10 = [
-    "MLR-SNet (learning, lookahead, T_val 3)", "MLR-SNet (learning, lookahead, T_val 30)",
-    "MLR-SNet (learning, lookahead, T_val 100)", "MLR-SNet (learning, average, T_val 3)",
-    "MLR-SNet (learning, average, T_val 30)", "MLR-SNet (learning, average, T_val 100)",
-]
 ROBUST = [
     "MLR-SNet (learning)", "MLR-SNet (transferred)", "fixed", "multistep", "cosine", "adam", "schedule-free", "prodigy",
 ]
+ALL_META_POINTS = [method.name for method in META_POINTS]
+NOT_AT_T_VAL_10 = [method.name for method in META_POINTS if method.t_val != 10]
 
-IMAGES = {
-    "paper": "num-epoch=200",
-    "desk": "num-epoch=30 limit-train=10000 limit-test=5000",
-    "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
-}
-IMAGES_WITH_MOMENTUM = {  # as in the paper's meta-test
-    "paper": "num-epoch=200 momentum=0.9",
-    "desk": "num-epoch=30 limit-train=10000 limit-test=5000 momentum=0.9",
-    "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64 momentum=0.9",
-}
-FEW_IMAGES_WITH_MOMENTUM = "limit-test=2000 image-size=16 momentum=0.9"  # without it, so few steps fit hardly any data
-TEXT = {
-    "paper": "num-epoch=150",
-    "desk": "num-epoch=8 embed-size=128 dropout=0.2",
-    "smoke": "num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4",
-}
-
-
-def _with_label_noise(problem: str, rates: Sequence[str], kinds: Sequence[str]) -> dict[str, str]:
-    """A line for every kind and rate of wrong labels. `problem` is "network=NAME dataset=NAME"."""
-    name = problem.replace("network=", "").replace("dataset=", "")
-    lines = {}
-    for kind in kinds:
-        for rate in rates:
-            line = f"{name}, {float(rate):.0%} wrong labels ({kind})"
-            lines[line] = f"{problem} label-noise={rate} noise-kind={kind}"
-    return lines
-
-
-def _with_both_optimizers(dataset: str, networks: Sequence[str]) -> dict[str, str]:
-    """A line for every network with momentum, then one with AdamW."""
-    lines = {}
-    for optimizer, flag in (("momentum", "momentum=0.9"), ("AdamW", "optimizer=adamw")):
-        for network in networks:
-            lines[f"{network} {dataset}, {optimizer}"] = f"network={network} dataset={dataset} {flag}"
-    return lines
-
+DESK = "num-epoch=30 limit-train=10000 limit-test=5000"
+SMALL_DESK = "limit-train=5000 limit-test=2000 image-size=16"  # at full size so few steps fit hardly any data
+TEXT_DESK = "num-epoch=8 embed-size=128 dropout=0.2"
+UNTUNED_IMAGES = "dataset=folder limit-test=1000 average="
+UNTUNED_TEXT = "dataset=text embed-size=64 dropout=0.1 limit-test=10000 average="
+NOISES = [flag("noise-kind", "uniform", "flip"), flag("label-noise", "0.2", "0.4", "0.6")]
+BOTH_OPTIMIZERS = ["momentum=0.9", "optimizer=adamw"]
 
 # Published numbers: test accuracy (%) or perplexity at the last epoch; ~ marks those read off plots.
 TABLES: dict[str, Table] = {
-    "first": Table(  # shows learning within two minutes: wrong labels keep the training loss from vanishing
+    "first": Table(  # wrong labels keep the training loss from vanishing
         title="A first look: digits with 40 % wrong training labels",
+        question="Does a schedule that learns itself within two minutes reach what a cosine reaches?",
         methods=["MLR-SNet (learning)", "fixed", "cosine"],
-        presets={
-            "paper": "num-epoch=15 num-meta=200 label-noise=0.4",
-            "desk": "num-epoch=15 num-meta=200 label-noise=0.4",
-            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64 label-noise=0.4",
-        },
-        lines={
-            "paper": {"resnet8 digits": "network=resnet8 dataset=digits"},
-            "desk": {"resnet8 digits": "network=resnet8 dataset=digits"},
-            "smoke": {"resnet8 digits": "network=resnet8 dataset=digits"},
-        },
+        presets=dict.fromkeys(
+            ("paper", "desk"), lines("network=resnet8 dataset=digits num-epoch=15 num-meta=200 label-noise=0.4")
+        ),
     ),
     "cifar10-resnet": Table(
         title="Meta-train stage on CIFAR-10",
+        question="Which schedule trains a residual network best, each with its usual settings?",
         methods=STAGE,
-        presets=IMAGES,
-        lines={
-            "paper": {"resnet cifar10": "network=resnet dataset=cifar10"},
-            "desk": {"resnet8 cifar10": "network=resnet8 dataset=cifar10"},
-            "smoke": {"resnet8 digits": "network=resnet8 dataset=digits"},
+        presets={
+            "paper": lines("network=resnet dataset=cifar10 num-epoch=200"),
+            "desk": lines(f"network=resnet8 dataset=cifar10 {DESK}"),
         },
         published={
             "resnet cifar10": {
@@ -228,12 +125,11 @@ TABLES: dict[str, Table] = {
     ),
     "cifar100-wideresnet": Table(
         title="Meta-train stage on CIFAR-100",
+        question="Which schedule is best with a hundred classes, each with its usual settings?",
         methods=STAGE,
-        presets=IMAGES,
-        lines={
-            "paper": {"wideresnet cifar100": "network=wideresnet dataset=cifar100"},
-            "desk": {"resnet20 cifar100": "network=resnet20 dataset=cifar100"},
-            "smoke": {"resnet20 digits": "network=resnet20 dataset=digits"},
+        presets={
+            "paper": lines("network=wideresnet dataset=cifar100 num-epoch=200"),
+            "desk": lines(f"network=resnet20 dataset=cifar100 {DESK}"),
         },
         published={
             "wideresnet cifar100": {
@@ -245,12 +141,11 @@ TABLES: dict[str, Table] = {
     ),
     "ptb-lstm2": Table(
         title="Language modelling, two layers",
+        question="Which schedule trains a two-layer LSTM best, and do nets learned on images carry over?",
         methods=LANGUAGE,
-        presets=TEXT,
-        lines={
-            "paper": {"lstm2 ptb": "network=lstm2 dataset=ptb"},
-            "desk": {"lstm2 ptb": "network=lstm2 dataset=ptb"},
-            "smoke": {"lstm2 pydoc": "network=lstm2 dataset=pydoc"},
+        presets={
+            "paper": lines("network=lstm2 dataset=ptb num-epoch=150"),
+            "desk": lines(f"network=lstm2 dataset=ptb {TEXT_DESK}"),
         },
         published={
             "lstm2 ptb": {
@@ -261,12 +156,11 @@ TABLES: dict[str, Table] = {
     ),
     "ptb-lstm3": Table(
         title="Language modelling, three layers",
+        question="Which schedule trains a three-layer LSTM best?",
         methods=LANGUAGE,
-        presets=TEXT,
-        lines={
-            "paper": {"lstm3 ptb": "network=lstm3 dataset=ptb"},
-            "desk": {"lstm3 ptb": "network=lstm3 dataset=ptb"},
-            "smoke": {"lstm3 pydoc": "network=lstm3 dataset=pydoc"},
+        presets={
+            "paper": lines("network=lstm3 dataset=ptb num-epoch=150"),
+            "desk": lines(f"network=lstm3 dataset=ptb {TEXT_DESK}"),
         },
         published={
             "lstm3 ptb": {
@@ -277,28 +171,13 @@ TABLES: dict[str, Table] = {
     ),
     "networks": Table(
         title="The shipped schedules on other networks",
+        question="Do the shipped nets drive networks that they have not seen?",
         methods=[*TRANSFER, "MLR-SNet (transferred, gamma 0.067)"],
-        presets={
-            "paper": "num-epoch=200 momentum=0.9",
-            "desk": "num-epoch=15 limit-train=5000 limit-test=2000 momentum=0.9",
-            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64 momentum=0.9",
-        },
-        lines={
-            "paper": {
-                "shufflenetv2 cifar10": "network=shufflenetv2 dataset=cifar10",
-                "mobilenetv2 cifar10": "network=mobilenetv2 dataset=cifar10",
-                "nasnet cifar10": "network=nasnet dataset=cifar10",
-            },
-            "desk": {  # NASNet takes days
-                "shufflenetv2 cifar10": "network=shufflenetv2 dataset=cifar10",
-                "mobilenetv2 cifar10": "network=mobilenetv2 dataset=cifar10",
-                "resnet8 cifar10": "network=resnet8 dataset=cifar10",
-            },
-            "smoke": {
-                "shufflenetv2 digits": "network=shufflenetv2 dataset=digits",
-                "mobilenetv2 digits": "network=mobilenetv2 dataset=digits",
-                "nasnet digits": "network=nasnet dataset=digits",
-            },
+        presets={  # at home without NASNet, which takes days
+            "paper": lines("dataset=cifar10 num-epoch=200 momentum=0.9",
+                           flag("network", "shufflenetv2", "mobilenetv2", "nasnet")),
+            "desk": lines("dataset=cifar10 num-epoch=15 limit-train=5000 limit-test=2000 momentum=0.9",
+                          flag("network", "shufflenetv2", "mobilenetv2", "resnet8")),
         },
         published={
             "shufflenetv2 cifar10": {
@@ -317,30 +196,14 @@ TABLES: dict[str, Table] = {
     ),
     "datasets": Table(
         title="The shipped schedules on other data",
+        question="Do the shipped nets, learned on CIFAR-10, drive the training on other data?",
         methods=TRANSFER,
         text_methods=["MLR-SNet (transferred)", "sgd+val", "adam+val"],
-        presets={"paper": "", "desk": "", "smoke": ""},
-        lines={
-            "paper": {
-                "resnet svhn": "network=resnet dataset=svhn num-epoch=200 momentum=0.9",
-                "resnet tinyimagenet": "network=resnet dataset=tinyimagenet num-epoch=200 momentum=0.9",
-                "lstm2 ptb": "network=lstm2 dataset=ptb num-epoch=150",
-            },
-            "desk": {
-                "resnet8 svhn":
-                    "network=resnet8 dataset=svhn num-epoch=30 limit-train=10000 limit-test=5000 momentum=0.9",
-                "resnet8 tinyimagenet":
-                    "network=resnet8 dataset=tinyimagenet num-epoch=30 limit-train=10000 limit-test=5000 momentum=0.9",
-                "lstm2 ptb": "network=lstm2 dataset=ptb num-epoch=8 embed-size=128 dropout=0.2",
-            },
-            "smoke": {
-                "resnet8 digits":
-                    "network=resnet8 dataset=digits num-epoch=2 limit-train=256 limit-test=100 batch-size=64 "
-                    "momentum=0.9",
-                "lstm2 pydoc":
-                    "network=lstm2 dataset=pydoc num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 "
-                    "batch-size=4",
-            },
+        presets={
+            "paper": [*lines("network=resnet num-epoch=200 momentum=0.9", flag("dataset", "svhn", "tinyimagenet")),
+                      *lines("network=lstm2 dataset=ptb num-epoch=150")],
+            "desk": [*lines(f"network=resnet8 {DESK} momentum=0.9", flag("dataset", "svhn", "tinyimagenet")),
+                     *lines(f"network=lstm2 dataset=ptb {TEXT_DESK}")],
         },
         published={
             "resnet svhn": {"MLR-SNet (transferred)": "~95.3 (others 93.0–96.1)"},
@@ -353,12 +216,11 @@ TABLES: dict[str, Table] = {
     ),
     "imagenet": Table(
         title="The shipped schedules on ImageNet",
+        question="Do the shipped nets drive the training of a large network on large images?",
         methods=TRANSFER,
-        presets={**IMAGES_WITH_MOMENTUM, "paper": "momentum=0.9 num-epoch=90"},
-        lines={
-            "paper": {"resnet50-imagenet imagenet": "network=resnet50-imagenet dataset=imagenet"},
-            "desk": {"resnet50-imagenet imagenet": "network=resnet50-imagenet dataset=imagenet"},
-            "smoke": {"resnet8 digits": "network=resnet8 dataset=digits"},
+        presets={
+            "paper": lines("network=resnet50-imagenet dataset=imagenet momentum=0.9 num-epoch=90"),
+            "desk": lines(f"network=resnet50-imagenet dataset=imagenet momentum=0.9 {DESK}"),
         },
         published={
             "resnet50-imagenet imagenet": {
@@ -369,310 +231,171 @@ TABLES: dict[str, Table] = {
     ),
     "epochs": Table(
         title="The shipped schedules stretched to other horizons",
+        question="Do the shipped nets serve shorter and longer runs than the one they come from?",
         methods=["MLR-SNet (transferred)", "cosine", "fixed"],
-        presets=IMAGES,
-        lines={
-            "paper": {
-                "num-epoch 50": "network=resnet dataset=cifar10 num-epoch=50",
-                "num-epoch 100": "network=resnet dataset=cifar10 num-epoch=100",
-                "num-epoch 200": "network=resnet dataset=cifar10 num-epoch=200",
-                "num-epoch 400": "network=resnet dataset=cifar10 num-epoch=400",
-            },
-            "desk": {
-                "num-epoch 10": "network=resnet8 dataset=cifar10 num-epoch=10",
-                "num-epoch 30": "network=resnet8 dataset=cifar10 num-epoch=30",
-                "num-epoch 60": "network=resnet8 dataset=cifar10 num-epoch=60",
-            },
-            "smoke": {
-                "num-epoch 1": "network=resnet8 dataset=digits num-epoch=1",
-                "num-epoch 2": "network=resnet8 dataset=digits num-epoch=2",
-            },
+        presets={
+            "paper": lines("network=resnet dataset=cifar10", flag("num-epoch", "50", "100", "200", "400")),
+            "desk": lines(f"network=resnet8 dataset=cifar10 {DESK}", flag("num-epoch", "10", "30", "60")),
         },
+        named_by=("num-epoch",),
     ),
     "t-val": Table(
         title="Sensitivity to T_val and to Adam's rate on MLR-SNet",
+        question="How far does the result depend on how often and how fast MLR-SNet learns?",
         methods=["MLR-SNet (learning)"],
-        presets=IMAGES,
-        lines={
-            "paper": {
-                "t-val 100, lr 3e-4": "network=resnet dataset=cifar10 t-val=100 lr=3e-4",
-                "t-val 100, lr 1e-3": "network=resnet dataset=cifar10 t-val=100 lr=1e-3",
-                "t-val 100, lr 3e-3": "network=resnet dataset=cifar10 t-val=100 lr=3e-3",
-                "t-val 300, lr 3e-4": "network=resnet dataset=cifar10 t-val=300 lr=3e-4",
-                "t-val 300, lr 1e-3": "network=resnet dataset=cifar10 t-val=300 lr=1e-3",
-                "t-val 300, lr 3e-3": "network=resnet dataset=cifar10 t-val=300 lr=3e-3",
-                "t-val 1000, lr 3e-4": "network=resnet dataset=cifar10 t-val=1000 lr=3e-4",
-                "t-val 1000, lr 1e-3": "network=resnet dataset=cifar10 t-val=1000 lr=1e-3",
-                "t-val 1000, lr 3e-3": "network=resnet dataset=cifar10 t-val=1000 lr=3e-3",
-            },
-            "desk": {
-                "t-val 3, lr 1e-3": "network=resnet8 dataset=cifar10 t-val=3 lr=1e-3",
-                "t-val 3, lr 3e-3": "network=resnet8 dataset=cifar10 t-val=3 lr=3e-3",
-                "t-val 10, lr 1e-3": "network=resnet8 dataset=cifar10 t-val=10 lr=1e-3",
-                "t-val 10, lr 3e-3": "network=resnet8 dataset=cifar10 t-val=10 lr=3e-3",
-                "t-val 30, lr 1e-3": "network=resnet8 dataset=cifar10 t-val=30 lr=1e-3",
-                "t-val 30, lr 3e-3": "network=resnet8 dataset=cifar10 t-val=30 lr=3e-3",
-                "t-val 100, lr 1e-3": "network=resnet8 dataset=cifar10 t-val=100 lr=1e-3",
-                "t-val 100, lr 3e-3": "network=resnet8 dataset=cifar10 t-val=100 lr=3e-3",
-            },
-            "smoke": {
-                "t-val 1, lr 1e-3": "network=resnet8 dataset=digits t-val=1 lr=1e-3",
-                "t-val 2, lr 1e-3": "network=resnet8 dataset=digits t-val=2 lr=1e-3",
-            },
+        presets={
+            "paper": lines("network=resnet dataset=cifar10 num-epoch=200", flag("t-val", "100", "300", "1000"),
+                           flag("lr", "3e-4", "1e-3", "3e-3")),
+            "desk": lines(f"network=resnet8 dataset=cifar10 {DESK}", flag("t-val", "3", "10", "30", "100"),
+                          flag("lr", "1e-3", "3e-3")),
         },
+        named_by=("t-val", "lr"),
     ),
     "horizon": Table(
         title="Where the meta gradient is taken, how often, and for how long a run",
+        question="Does learning at averaged weights cure the short sight of the one-step lookahead?",
         methods=[
-            *META_POINTS, "MLR-SNet (transferred, average net)", "MLR-SNet (learning, average, T_val 10, gamma 1.34)",
-            "fixed", "fixed 0.4", "cosine 0.5", "onecycle", "schedule-free", "prodigy",
+            *ALL_META_POINTS, "MLR-SNet (transferred, average net)",
+            "MLR-SNet (learning, average, T_val 10, gamma 1.34)", "fixed", "fixed 0.4", "cosine 0.5", "onecycle",
+            "schedule-free", "prodigy",
         ],
-        only_in_t_val=META_POINTS_NOT_AT_10,
-        presets={
-            "paper": "average=",
-            "desk": "limit-train=5000 limit-test=2000 image-size=16 average=",
-            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64 average=",
+        only_in_t_val=NOT_AT_T_VAL_10,
+        presets={  # at home fewer images for resnet20, which takes longer
+            "paper": lines("average=", ["network=resnet dataset=cifar10", "network=wideresnet dataset=cifar100"],
+                           flag("num-epoch", "50", "100", "200")),
+            "desk": lines(f"dataset=cifar10 {SMALL_DESK} average=",
+                          ["network=resnet8", "network=resnet20 limit-train=2000 limit-test=1000"],
+                          flag("num-epoch", "10", "30", "60")),
         },
-        lines={
-            "paper": {
-                "resnet cifar10, 50 epochs": "network=resnet dataset=cifar10 num-epoch=50",
-                "resnet cifar10, 100 epochs": "network=resnet dataset=cifar10 num-epoch=100",
-                "resnet cifar10, 200 epochs": "network=resnet dataset=cifar10 num-epoch=200",
-                "wideresnet cifar100, 50 epochs": "network=wideresnet dataset=cifar100 num-epoch=50",
-                "wideresnet cifar100, 100 epochs": "network=wideresnet dataset=cifar100 num-epoch=100",
-                "wideresnet cifar100, 200 epochs": "network=wideresnet dataset=cifar100 num-epoch=200",
-            },
-            "desk": {  # fewer images for resnet20, which takes longer
-                "resnet8 cifar10, 10 epochs": "network=resnet8 dataset=cifar10 num-epoch=10",
-                "resnet8 cifar10, 30 epochs": "network=resnet8 dataset=cifar10 num-epoch=30",
-                "resnet8 cifar10, 60 epochs": "network=resnet8 dataset=cifar10 num-epoch=60",
-                "resnet20 cifar10, 10 epochs":
-                    "network=resnet20 dataset=cifar10 limit-train=2000 limit-test=1000 num-epoch=10",
-                "resnet20 cifar10, 30 epochs":
-                    "network=resnet20 dataset=cifar10 limit-train=2000 limit-test=1000 num-epoch=30",
-                "resnet20 cifar10, 60 epochs":
-                    "network=resnet20 dataset=cifar10 limit-train=2000 limit-test=1000 num-epoch=60",
-            },
-            "smoke": {
-                "resnet8 digits, 2 epochs": "network=resnet8 dataset=digits num-epoch=2",
-                "resnet8 digits, 3 epochs": "network=resnet8 dataset=digits num-epoch=3",
-            },
-        },
+        named_by=("num-epoch",),
     ),
     "horizon-text": Table(
-        title="The same race on text",
+        title="Where the meta gradient is taken, how often, and for how long a run, on text",
+        question="Does learning at averaged weights cure the short sight on text, too?",
         methods=[
-            *META_POINTS, "MLR-SNet (transferred, average net)", "MLR-SNet (learning, average, T_val 10, gamma 17)",
+            *ALL_META_POINTS, "MLR-SNet (transferred, average net)", "MLR-SNet (learning, average, T_val 10, gamma 17)",
             "fixed", "fixed 5", "cosine", "onecycle", "schedule-free", "prodigy",
         ],
-        only_in_t_val=META_POINTS_NOT_AT_10,
+        only_in_t_val=NOT_AT_T_VAL_10,
         presets={
-            "paper": "average=",
-            "desk": "tokens=char embed-size=64 dropout=0.1 limit-train=50000 limit-test=20000 average=",
-            "smoke": "num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4 average=",
+            "paper": lines("dataset=ptb average=", flag("network", "lstm2", "lstm3"),
+                           flag("num-epoch", "40", "80", "150")),
+            "desk": lines("network=lstm2 dataset=ptb tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
+                          "limit-test=20000 average=", flag("num-epoch", "10", "30", "60")),
         },
-        lines={
-            "paper": {
-                "lstm2 ptb, 40 epochs": "network=lstm2 dataset=ptb num-epoch=40",
-                "lstm2 ptb, 80 epochs": "network=lstm2 dataset=ptb num-epoch=80",
-                "lstm2 ptb, 150 epochs": "network=lstm2 dataset=ptb num-epoch=150",
-                "lstm3 ptb, 40 epochs": "network=lstm3 dataset=ptb num-epoch=40",
-                "lstm3 ptb, 80 epochs": "network=lstm3 dataset=ptb num-epoch=80",
-                "lstm3 ptb, 150 epochs": "network=lstm3 dataset=ptb num-epoch=150",
-            },
-            "desk": {
-                "lstm2 ptb, 10 epochs": "network=lstm2 dataset=ptb num-epoch=10",
-                "lstm2 ptb, 30 epochs": "network=lstm2 dataset=ptb num-epoch=30",
-                "lstm2 ptb, 60 epochs": "network=lstm2 dataset=ptb num-epoch=60",
-            },
-            "smoke": {
-                "lstm2 pydoc, 2 epochs": "network=lstm2 dataset=pydoc num-epoch=2",
-                "lstm2 pydoc, 3 epochs": "network=lstm2 dataset=pydoc num-epoch=3",
-            },
-        },
+        named_by=("num-epoch",),
     ),
     "corruption": Table(
         title="Trained on corrupted images, tested on clean ones",
+        question="Does a small clean meta set make the learned schedule robust to damaged training images?",
         methods=ROBUST,
-        presets={  # the meta images are clean
-            "paper": "num-epoch=200 num-meta=100",
-            "desk": f"num-epoch=30 limit-train=2500 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM}",
-            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
+        presets={
+            "paper": lines("network=resnet dataset=cifar10-c num-epoch=200 num-meta=100 severity=5",
+                           flag("corruption", "gaussian_noise", "fog", "contrast", "jpeg_compression")),
+            "desk": lines(f"network=resnet8 dataset=cifar10 num-epoch=30 {SMALL_DESK} limit-train=2500 num-meta=200 "
+                          "momentum=0.9 severity=5", flag("corruption", "gaussian_noise", "contrast", "pixelate")),
         },
-        lines={
-            "paper": {
-                "resnet cifar10-c, Gaussian noise":
-                    "network=resnet dataset=cifar10-c corruption=gaussian_noise severity=5",
-                "resnet cifar10-c, fog": "network=resnet dataset=cifar10-c corruption=fog severity=5",
-                "resnet cifar10-c, contrast": "network=resnet dataset=cifar10-c corruption=contrast severity=5",
-                "resnet cifar10-c, JPEG compression":
-                    "network=resnet dataset=cifar10-c corruption=jpeg_compression severity=5",
-            },
-            "desk": {
-                "resnet8 cifar10, Gaussian noise":
-                    "network=resnet8 dataset=cifar10 corruption=gaussian_noise severity=5",
-                "resnet8 cifar10, contrast": "network=resnet8 dataset=cifar10 corruption=contrast severity=5",
-                "resnet8 cifar10, pixelate": "network=resnet8 dataset=cifar10 corruption=pixelate severity=5",
-            },
-            "smoke": {
-                "resnet8 digits, contrast": "network=resnet8 dataset=digits corruption=contrast severity=5",
-            },
-        },
+        named_by=("corruption",),
     ),
     "label-noise": Table(
         title="Trained on wrong labels, tested on true ones",
+        question="Do meta images with true labels make the learned schedule robust to wrong training labels?",
         methods=ROBUST,
-        presets={  # the meta images have their true labels
-            "paper": "num-epoch=200",
-            "desk":  # so few images can be memorised
-                f"num-epoch=40 num-meta=200 {FEW_IMAGES_WITH_MOMENTUM} limit-train=1000 limit-test=1000 batch-size=32",
-            "smoke": "num-epoch=2 limit-train=256 limit-test=100 batch-size=64",
+        presets={  # at home so few images that they can be memorised
+            "paper": lines("network=resnet dataset=cifar10 num-epoch=200", *NOISES),
+            "desk": lines("network=resnet8 dataset=cifar10 num-epoch=40 num-meta=200 limit-train=1000 limit-test=1000 "
+                          "image-size=16 batch-size=32 momentum=0.9", *NOISES),
         },
-        lines={
-            "paper": _with_label_noise("network=resnet dataset=cifar10", ("0.2", "0.4", "0.6"), ("uniform", "flip")),
-            "desk": _with_label_noise("network=resnet8 dataset=cifar10", ("0.2", "0.4", "0.6"), ("uniform", "flip")),
-            "smoke": _with_label_noise("network=resnet8 dataset=digits", ("0.4",), ("flip",)),
-        },
+        named_by=("label-noise", "noise-kind"),
     ),
     "sizes": Table(
         title="Nets learned on 10,000 images, used on other numbers of images",
+        question="Do the shipped nets serve other amounts of data than they were learned on?",
         methods=[
             "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "cosine", "fixed", "multistep",
         ],
-        presets={
-            "paper": "num-epoch=200 average=",
-            "desk": f"{FEW_IMAGES_WITH_MOMENTUM} average=",
-            "smoke": "num-epoch=2 limit-test=100 batch-size=64 average=",
+        presets={  # at home of similar cost; the steps differ: 240, 400, 480 and 784
+            "paper": lines("network=resnet dataset=cifar10 num-epoch=200 average=",
+                           flag("limit-train", "1000", "2500", "5000", "25000")),
+            "desk": lines(f"network=resnet8 dataset=cifar10 {SMALL_DESK} momentum=0.9 average=", [
+                "limit-train=1000 num-epoch=30", "limit-train=2500 num-epoch=20", "limit-train=5000 num-epoch=12",
+                "limit-train=25000 num-epoch=4",
+            ]),
         },
-        lines={
-            "paper": {
-                "resnet cifar10, 1,000 images": "network=resnet dataset=cifar10 limit-train=1000",
-                "resnet cifar10, 2,500 images": "network=resnet dataset=cifar10 limit-train=2500",
-                "resnet cifar10, 5,000 images": "network=resnet dataset=cifar10 limit-train=5000",
-                "resnet cifar10, 25,000 images": "network=resnet dataset=cifar10 limit-train=25000",
-            },
-            "desk": {  # of similar cost; the steps differ: 240, 400, 480 and 784
-                "resnet8 cifar10, 1,000 images, 30 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=1000 num-epoch=30",
-                "resnet8 cifar10, 2,500 images, 20 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=2500 num-epoch=20",
-                "resnet8 cifar10, 5,000 images, 12 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=5000 num-epoch=12",
-                "resnet8 cifar10, 25,000 images, 4 epochs":
-                    "network=resnet8 dataset=cifar10 limit-train=25000 num-epoch=4",
-            },
-            "smoke": {
-                "resnet8 digits, 128 images": "network=resnet8 dataset=digits limit-train=128",
-                "resnet8 digits, 256 images": "network=resnet8 dataset=digits limit-train=256",
-            },
-        },
+        named_by=("limit-train", "num-epoch"),
     ),
     "networks-measured": Table(
         title="Other networks, with the usual and the measured rate",
+        question="Does measuring the scale let one set of nets drive other networks and optimizers?",
         methods=[
             "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)", "fixed",
             "fixed (measured)", "multistep", "multistep (measured)", "cosine", "cosine (measured)", "exponential",
             "sgdr", "adam",
         ],
         presets={
-            "paper": "num-epoch=200 average=",
-            "desk": "num-epoch=8 limit-train=2560 limit-test=1000 image-size=16 average=",
-            "smoke": "num-epoch=2 limit-train=64 limit-test=100 batch-size=16 average=",
+            "paper": lines("dataset=cifar10 num-epoch=200 average=", BOTH_OPTIMIZERS,
+                           flag("network", "shufflenetv2", "mobilenetv2", "nasnet")),
+            "desk": lines("dataset=cifar10 num-epoch=8 limit-train=2560 limit-test=1000 image-size=16 average=",
+                          BOTH_OPTIMIZERS, flag("network", "shufflenetv2", "mobilenetv2", "resnet8")),
         },
-        lines={
-            "paper": _with_both_optimizers("cifar10", ("shufflenetv2", "mobilenetv2", "nasnet")),
-            "desk": _with_both_optimizers("cifar10", ("shufflenetv2", "mobilenetv2", "resnet8")),
-            "smoke": _with_both_optimizers("digits", ("resnet8",)),
-        },
+        named_by=("optimizer",),
     ),
     "full-size": Table(
         title="All training images at full size",
+        question="What is left of the differences when a small network trains on all images for 30 epochs?",
         methods=[
             "MLR-SNet (learning)", "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "cosine",
             "cosine (measured)", "multistep", "multistep (measured)", "fixed", "fixed (measured)", "wsd",
             "wsd (measured)", "schedule-free", "prodigy",
         ],
         presets={
-            "desk": "num-epoch=30 precision=bf16 average= momentum=0.9",
-            "smoke": "num-epoch=2 limit-train=64 limit-test=100 batch-size=16 average= momentum=0.9",
-        },
-        lines={
-            "desk": {"resnet20 cifar10": "network=resnet20 dataset=cifar10"},
-            "smoke": {"resnet8 digits": "network=resnet8 dataset=digits"},
+            "desk": lines("network=resnet20 dataset=cifar10 num-epoch=30 precision=bf16 average= momentum=0.9"),
         },
     ),
     "untuned": Table(
         title="No tuning: the regret against the best cosine of a grid",
+        question="Which method is best on many problems if nobody tunes anything?",
         methods=[
             "MLR-SNet (transferred)", "MLR-SNet (transferred, average net)", "MLR-SNet (transferred, measured)",
-            "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED,
-            *CONSTANT, FINDER, "fixed", "fixed (measured)", "plateau", "greedy", "adam", "hd", "l4adam",
-            "schedule-free", "prodigy", "dadaptation",
+            "MLR-SNet (transferred, average net, measured)", *DECAYING, *MEASURED, *CONSTANT, FINDER, "fixed",
+            "fixed (measured)", "greedy", "adam", "hd", "l4adam", "schedule-free", "prodigy", "dadaptation",
         ],
         has_regret=True,
-        presets={"desk": "average=", "smoke": "average= num-epoch=2"},
-        lines={
-            "desk": {
-                "resnet8 folder, 16 pixels, 5,000 images, SGD, 6 epochs":
-                    "network=resnet8 dataset=folder image-size=16 limit-train=5000 limit-test=1000 num-epoch=6",
-                "resnet8 folder, 24 pixels, 2,500 images, momentum, 4 epochs":
-                    "network=resnet8 dataset=folder image-size=24 limit-train=2500 limit-test=1000 batch-size=64 "
-                    "num-epoch=4 momentum=0.9",
-                "resnet8 folder, 24 pixels, 2,500 images, momentum, 12 epochs":
-                    "network=resnet8 dataset=folder image-size=24 limit-train=2500 limit-test=1000 batch-size=64 "
-                    "num-epoch=12 momentum=0.9",
-                "resnet8 folder, 32 pixels, 2,500 images, AdamW, 4 epochs":
-                    "network=resnet8 dataset=folder image-size=32 limit-train=2500 limit-test=1000 batch-size=64 "
-                    "num-epoch=4 optimizer=adamw",
-                "resnet20 folder, 16 pixels, 2,500 images, momentum, 6 epochs":
-                    "network=resnet20 dataset=folder image-size=16 limit-train=2500 limit-test=1000 batch-size=64 "
-                    "num-epoch=6 momentum=0.9",
-                "resnet20 digits, AdamW, 12 epochs":
-                    "network=resnet20 dataset=digits num-epoch=12 optimizer=adamw",
-                "shufflenetv2 folder, 16 pixels, 1,000 images, momentum, 8 epochs":
-                    "network=shufflenetv2 dataset=folder image-size=16 limit-train=1000 limit-test=1000 "
-                    "batch-size=32 num-epoch=8 momentum=0.9",
-                "mobilenetv2 folder, 16 pixels, 1,000 images, SGD, 6 epochs":
-                    "network=mobilenetv2 dataset=folder image-size=16 limit-train=1000 limit-test=1000 "
-                    "batch-size=32 num-epoch=6",
-                "vit folder, 16 pixels, 2,500 images, AdamW, 8 epochs":
-                    "network=vit dataset=folder image-size=16 limit-train=2500 limit-test=1000 batch-size=64 "
-                    "num-epoch=8 optimizer=adamw",
-                "vit digits, momentum, 12 epochs":
-                    "network=vit dataset=digits num-epoch=12 momentum=0.9",
-                "lstm2 text, words, SGD, 6 epochs":
-                    "network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
-                    "limit-test=10000 num-epoch=6",
-                "lstm2 text, characters, AdamW, 20 epochs":
-                    "network=lstm2 dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
-                    "limit-test=10000 num-epoch=20 optimizer=adamw",
-                "gpt text, words, AdamW, 4 epochs":
-                    "network=gpt dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
-                    "limit-test=10000 num-epoch=4 optimizer=adamw",
-                "gpt text, characters, AdamW, 4 epochs":
-                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
-                    "limit-test=10000 num-epoch=4 optimizer=adamw",
-                "gpt text, characters, AdamW, 16 epochs":
-                    "network=gpt dataset=text tokens=char embed-size=64 dropout=0.1 limit-train=50000 "
-                    "limit-test=10000 num-epoch=16 optimizer=adamw",
-            },
-            "smoke": {
-                "resnet8 digits, momentum":
-                    "network=resnet8 dataset=digits limit-train=64 limit-test=100 batch-size=16 momentum=0.9",
-                "gpt pydoc, AdamW":
-                    "network=gpt dataset=pydoc tokens=char embed-size=16 dropout=0 limit-train=6000 limit-test=700 "
-                    "batch-size=4 optimizer=adamw",
-            },
+        presets={
+            "desk": [
+                *lines(UNTUNED_IMAGES, [
+                    "network=resnet8 image-size=16 limit-train=5000 num-epoch=6",
+                    "network=resnet8 image-size=24 limit-train=2500 batch-size=64 num-epoch=4 momentum=0.9",
+                    "network=resnet8 image-size=24 limit-train=2500 batch-size=64 num-epoch=12 momentum=0.9",
+                    "network=resnet8 image-size=32 limit-train=2500 batch-size=64 num-epoch=4 optimizer=adamw",
+                    "network=resnet20 image-size=16 limit-train=2500 batch-size=64 num-epoch=6 momentum=0.9",
+                ]),
+                *lines("network=resnet20 dataset=digits num-epoch=12 optimizer=adamw average="),
+                *lines(UNTUNED_IMAGES, [
+                    "network=shufflenetv2 image-size=16 limit-train=1000 batch-size=32 num-epoch=8 momentum=0.9",
+                    "network=mobilenetv2 image-size=16 limit-train=1000 batch-size=32 num-epoch=6",
+                    "network=vit image-size=16 limit-train=2500 batch-size=64 num-epoch=8 optimizer=adamw",
+                ]),
+                *lines("network=vit dataset=digits num-epoch=12 momentum=0.9 average="),
+                *lines(UNTUNED_TEXT, [
+                    "network=lstm2 tokens=word limit-train=40000 num-epoch=6",
+                    "network=lstm2 tokens=char limit-train=50000 num-epoch=20 optimizer=adamw",
+                    "network=gpt tokens=word limit-train=40000 num-epoch=4 optimizer=adamw",
+                    "network=gpt tokens=char limit-train=50000 num-epoch=4 optimizer=adamw",
+                    "network=gpt tokens=char limit-train=50000 num-epoch=16 optimizer=adamw",
+                ]),
+            ],
         },
+        named_by=("image-size", "limit-train", "tokens", "optimizer", "num-epoch"),
     ),
     "own": Table(
         title="Your own class folders",
+        question="Which schedule is best on your images?",
         methods=STAGE,
-        presets=IMAGES,
-        lines={
-            "paper": {"resnet folder": "network=resnet dataset=folder"},
-            "desk": {"resnet8 folder": "network=resnet8 dataset=folder"},
-            "smoke": {"resnet8 folder": "network=resnet8 dataset=folder"},
+        presets={
+            "paper": lines("network=resnet dataset=folder num-epoch=200"),
+            "desk": lines(f"network=resnet8 dataset=folder {DESK}"),
         },
+        own_data=True,
     ),
 }

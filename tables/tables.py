@@ -15,24 +15,17 @@ SCRIPT = Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 
-from cells import Cell, cells_of, parse
+from cells import Cell, cells_of
 from cluster import build_executor, threads_of
+from methods import METHODS
 from page import is_available, write_page
 from race import Race
-from regret import write_regret
-from report import (
-    COST_COLUMNS,
-    by_problem,
-    draw,
-    draw_t_val,
-    result_columns,
-    summarise,
-    write_csv,
-    write_markdown,
-)
-from specs import METHODS, OLDER_NAMES, TABLES
+from records import summarise
+from report import render, write_index
+from runs import collect, read, write
+from specs import TABLES
 
-from training.command_line import Parser, number, user_errors
+from training.command_line import Parser, folder, number, user_errors
 from training.folder import FolderLock
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
@@ -40,23 +33,6 @@ NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "out": "use --out for the folder of the tables",
     "resume": "leave it out; a table resumes its stopped runs by itself",
 }
-
-
-def method(name: str) -> str:
-    """An argparse type: a method, also by its older name."""
-    for current, older in OLDER_NAMES.items():
-        if name == older:
-            return current
-    return name
-
-
-def folder(text: str) -> Path:
-    """An argparse type: a folder, which need not exist."""
-    if not text:
-        raise argparse.ArgumentTypeError("give a folder")
-    return Path(text)
-
-
 EXAMPLES = """\
   python tables/tables.py --table cifar10-resnet --preset smoke --seeds 1 --only fixed cosine"""
 
@@ -70,8 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paper (the paper's setting), desk (two cores and hours) or smoke (minutes, without a download) "
         "(default: desk)")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
-    add("--only", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
-        help=f"of {', '.join(METHODS)} (default: the table's)")
+    add("--only", nargs="+", choices=METHODS, metavar="METHOD", default=[],
+        help=f"some of {', '.join(METHODS)} (default: the table's)")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
         "image-root=DIR text-root=DIR give images and text their own")
@@ -81,23 +57,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="runs side by side on this machine, sharing its cores (default: 1)")
     add("--slurm", action="store_true", help="run the cells as jobs of a Slurm cluster (needs the package submitit)")
     add("--slurm-option", nargs="+", default=[], metavar="NAME=VALUE", dest="slurm_options",
-        help="of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 minutes "
-        "and 1 CPU); cluster=local runs them on this machine")
+        help="options of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 "
+        "minutes and 1 CPU); cluster=local runs them on this machine")
     add("--help", "-h", action="help", help="show this and exit")
 
     add = parser.add_argument_group("report").add_argument
     add("--target", type=number(float, 0), metavar="RESULT",
         help="test accuracy (%%) or perplexity to reach (default: where fixed ends)")
-    add("--highlight", nargs="+", type=method, choices=METHODS, metavar="METHOD", default=[],
+    add("--highlight", nargs="+", choices=METHODS, metavar="METHOD", default=[],
         help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
     add("--out", type=folder, default=SCRIPT.parent / "result", metavar="DIR",
         help="folder of the tables (default: result beside this script)")
     add("--open", action="store_true", help="show the table's page in the browser (needs the package bokeh)")
+    add("--render", nargs="+", type=folder, metavar="DIR",
+        help="write the page and pictures of finished results again, from their runs.jsonl and metrics.csv, and exit")
     args = parser.parse_args(argv)
-    if not args.list and not args.table:
+    if not (args.list or args.render or args.table):
         parser.error(f"--table: choose from {', '.join(TABLES)}")
-    if args.table and args.preset not in TABLES[args.table].presets:
-        parser.error(f"--preset {args.preset}: {args.table} has only {' and '.join(TABLES[args.table].presets)}")
+    if args.table and args.preset not in TABLES[args.table].preset_names:
+        parser.error(f"--preset {args.preset}: {args.table} has only {' and '.join(TABLES[args.table].preset_names)}")
     if args.slurm_options and not args.slurm:
         parser.error("--slurm-option belongs to --slurm; leave it out")
     if args.open and not is_available():
@@ -147,13 +125,13 @@ def parse_overrides(words: list[str]) -> dict[str, str]:
 
 def check_lines(args: argparse.Namespace) -> None:
     """ValueError for an override of what the table's lines differ in, or what one of its methods sets itself."""
-    lines = [parse(line) for line in TABLES[args.table].lines[args.preset].values()]
+    table = TABLES[args.table]
     for flag in args.overrides:
-        values = {line.get(flag) for line in lines}
+        values = {line.get(flag) for line in table.lines(args.preset)}
         if None not in values and len(values) > 1:
             raise ValueError(f"{flag}: the lines of {args.table} differ in it; leave it out")
-        for name in args.only or TABLES[args.table].methods:
-            if f"--{flag}" in METHODS[name].split():
+        for name in args.only or table.methods:
+            if flag in METHODS[name].flags:
                 raise ValueError(f"{flag}: the method {name!r} sets it; leave it out, or choose others with --only")
 
 
@@ -161,16 +139,18 @@ def check_cells(cells: list[Cell]) -> None:
     """ValueError with a script's own line where it refuses the arguments of a cell."""
     parsers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as empty:
-        for cell in {cell.name: cell for cell in cells}.values():
-            if cell.script not in parsers:
-                parsers[cell.script] = load_script(cell.script).parse_args
+        for cell in cells:
+            script = cell.method.script
+            if script not in parsers:
+                parsers[script] = load_script(script).parse_args
             errors = io.StringIO()
             try:
                 with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-                    parsers[cell.script]([*cell.flags, "--out", f"{empty}/run"])
+                    parsers[script]([*cell.flags, "--out", f"{empty}/run"])
             except SystemExit:
                 lines = errors.getvalue().strip().splitlines() or ["error: an argument that prints help and exits"]
-                raise ValueError(f"{cell.method} on {cell.group}: {lines[-1].split('error: ', 1)[-1]}") from None
+                reason = lines[-1].split("error: ", 1)[-1]
+                raise ValueError(f"{cell.method.name} on {cell.problem}: {reason}") from None
 
 
 def load_script(name: str) -> Any:
@@ -187,43 +167,43 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{name:20} {table.title}" for name, table in TABLES.items()))
         return 0
-    command = shlex.join(["python", "tables/tables.py", *(sys.argv[1:] if argv is None else argv)])
-    out = args.out.absolute() / f"{args.table}-{args.preset}"
+    status = 0
     with user_errors():
-        cells = cells_of(TABLES[args.table], args.preset, args.seeds, args.only, args.overrides)
-        check_cells(cells)
-        with FolderLock(out):
-            (out / "runs").mkdir(exist_ok=True)
-            race = Race(cells, out / "runs")
-            if args.slurm:
-                race.run_on(build_executor(out / "jobs", args.slurm_options), threads_of(args.slurm_options))
-            else:
-                race.run_here(args.jobs or 1)
-            if race.stopped:
-                print("stopped; the same command resumes")
-                return 130
-            write_report(args, race, out, command)
-    print((out / "table.md").read_text())
+        if args.render:
+            for result in args.render:
+                render(result.absolute())
+            write_index()
+        else:
+            words = sys.argv[1:] if argv is None else argv
+            status = run_table(args, shlex.join(["python", "tables/tables.py", *words]))
+    return status
+
+
+def run_table(args: argparse.Namespace, command: str) -> int:
+    """Run what is not done of a table, and report."""
+    table, out = TABLES[args.table], args.out.absolute() / f"{args.table}-{args.preset}"
+    cells = cells_of(table, args.preset, args.seeds, args.only, args.overrides)
+    check_cells(cells)
+    with FolderLock(out):
+        (out / "runs").mkdir(exist_ok=True)
+        race = Race(cells, out / "runs")
+        if args.slurm:
+            race.run_on(build_executor(out / "jobs", args.slurm_options), threads_of(args.slurm_options))
+        else:
+            race.run_here(args.jobs or 1)
+        if race.stopped:
+            print("stopped; the same command resumes")
+            return 130
+        header = {"table": args.table, "command": command, "target": args.target, "highlight": args.highlight}
+        write(out, header, collect(cells, out / "runs"))
+        render(out)
+        if is_available():
+            _, runs = read(out)
+            write_page(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
+    print((out / "README.md").read_text())
     if args.open:
         webbrowser.open((out / "table.html").as_uri())
     return 0
-
-
-def write_report(args: argparse.Namespace, race: Race, out: Path, command: str) -> None:
-    """The table's files, computed from the run folders."""
-    table = TABLES[args.table]
-    records = summarise(race, args.target)
-    write_csv(out / "table.csv", result_columns(records), records)
-    write_csv(out / "cost.csv", COST_COLUMNS, records)
-    write_markdown(out / "table.md", table, race, records, command)
-    if is_available():
-        write_page(out / "table.html", table.title, race, records, args.highlight)
-    if table.only_in_t_val:
-        draw_t_val(out / "t_val.png", records, args.highlight)
-        records = by_problem([record for record in records if record["method"] not in table.only_in_t_val])
-    draw(out / "table.png", records, args.highlight)
-    if table.has_regret:
-        write_regret(out, race, records, args.highlight, command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,172 @@
+"""The pictures of the tables, and the set-up of matplotlib that the studies share."""
+
+import io
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from methods import META_POINTS
+from PIL import Image
+from records import Record, places_of
+
+from utils import write_atomically
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, and wine instead of their yellow.
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#882255"]
+GREY = "#BBBBBB"
+POINTS = {"lookahead": COLOURS[0], "average": COLOURS[1]}  # the colours of the two meta points in t_val.png
+
+
+def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure for a file, and its panels (rows, columns), each so many inches wide and high."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (width * columns, height * rows)
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a PNG of 256 colours, which takes a third of the space, and close the figure."""
+    from matplotlib import pyplot
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    pyplot.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    write_atomically(path, small.getvalue())
+
+
+def coloured(records: list[Record], highlight: Sequence[str], most: int = len(COLOURS)) -> list[str]:
+    """The labels to draw in colour, in the records' order: of the methods in `highlight`, or at most `most` by default.
+
+    By default MLR-SNet comes first, then what ends best: by the sum of its places over the groups.
+    """
+    if highlight:
+        return list(dict.fromkeys(record["label"] for record in records if record["method"] in highlight))
+    places = places_of(records)
+    is_ours = {record["label"]: record["is_ours"] for record in records}
+    ranked = sorted(is_ours, key=lambda label: (not is_ours[label], places[label]))
+    return [label for label in is_ours if label in ranked[:most]]
+
+
+def style_of(label: str, chosen: Sequence[str], is_ours: bool) -> dict[str, Any]:
+    """Colour and line of a label; grey and thin where it is not chosen."""
+    if label not in chosen:
+        return {"color": GREY, "linewidth": 0.9, "zorder": 1}
+    place = chosen.index(label)
+    line = ["-", "--", ":"][place // len(COLOURS) % 3]
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": line, "linewidth": 2.4 if is_ours else 1.3,
+            "zorder": 2}
+
+
+def unit_of(records: list[Record]) -> str:
+    is_text = any(record.get("metric") == "test_ppl" for record in records)
+    return "test perplexity" if is_text else "test accuracy (%)"
+
+
+def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> None:
+    """A row of panels for every group: training loss, test metric with a band of one standard deviation over the seeds
+    (of the averaged weights as well, where there are any), and LR, against epochs.
+    """
+    records = [record for record in records if "runs" in record]
+    groups = list(dict.fromkeys(record["group"] for record in records))
+    is_averaged = any("average_mean" in record for record in records)
+    figure, panels = subplots(max(1, len(groups)), 4 if is_averaged else 3, width=4.6, height=3.8)
+    chosen = coloured(records, highlight)
+    for row, group in zip(panels, groups, strict=False):  # no group where every run diverged
+        members = [record for record in records if record["group"] == group]
+        metric, unit = members[0]["metric"], unit_of(members)
+        shown = {"train_loss": "training loss (nats)", metric: unit}
+        if is_averaged:
+            shown[f"{metric}_average"] = f"{unit}, averaged weights"
+        shown["lr"] = "learning rate (mean of the epoch)"
+        for panel, (column, label) in zip(row, shown.items(), strict=True):
+            for record in members:
+                style = style_of(record["label"], chosen, record["is_ours"])
+                _draw_curve(panel, record, column, style, has_band=column.startswith(metric))
+            panel.set(xlabel="epoch", ylabel=label)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            if column == "lr":
+                panel.set_yscale("log")
+            elif metric == "test_ppl" and column.startswith(metric):
+                _logarithmic(panel)
+        row[0].set_title(members[0]["title"], loc="left")
+        _legend(row[-1], [record["label"] for record in members if record["label"] not in chosen])
+    save(figure, path)
+
+
+def _draw_curve(panel: Any, record: Record, column: str, style: dict[str, Any], has_band: bool) -> None:
+    """The mean of a column over the seeds."""
+    runs = record["runs"]
+    length = min(len(run) for run in runs)
+    epochs, means, low, high = range(1, length + 1), [], [], []
+    for epoch in range(length):
+        values = [run[epoch][column] for run in runs]
+        mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        means.append(mean)
+        low.append(mean - deviation)
+        high.append(mean + deviation)
+    is_grey = style["color"] == GREY
+    panel.plot(epochs, means, label=None if is_grey else record["label"], **style)
+    if has_band and not is_grey and len(runs) > 1:
+        panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def draw_t_val(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> None:
+    """The last test metric of the averaged weights against T_val, for both meta points, beside the other methods'."""
+    records = [record for record in records if "average_mean" in record]
+    groups = list(dict.fromkeys(record["group"] for record in records))
+    width = max(1, min(3, len(groups)))
+    figure, panels = subplots(max(1, math.ceil(len(groups) / width)), width, width=4.8, height=3.6)
+    for panel in panels.flat[len(groups):]:
+        panel.remove()
+    points = {method.name: method for method in META_POINTS}
+    levels = [record for record in records if record["method"] not in points]
+    chosen = coloured(levels, highlight, len(COLOURS) - len(POINTS))
+    for panel, group in zip(panels.flat, groups, strict=False):
+        members = [record for record in records if record["group"] == group]
+        for record in levels:
+            if record["group"] == group:
+                is_grey = record["label"] not in chosen
+                style = style_of(record["label"], [*POINTS, *chosen], record["is_ours"])
+                if not is_grey:
+                    style["linestyle"] = ":"
+                panel.axhline(record["average_mean"], label=None if is_grey else record["label"], **style)
+        for point, colour in POINTS.items():
+            curve = [
+                (points[record["method"]].t_val, record["average_mean"], record["average_std"] or 0.0)
+                for record in members if record["method"] in points and points[record["method"]].meta_point == point
+            ]
+            if curve:
+                label = f"MLR-SNet (learning, {point})"
+                panel.errorbar(*zip(*curve, strict=True), color=colour, marker="o", capsize=3, label=label, zorder=3)
+        panel.set(xscale="log", xlabel="T_val (steps)", ylabel=f"{unit_of(members)}, averaged weights")
+        panel.set_title(textwrap.fill(members[0]["title"], 40), fontsize="medium")
+        if members[0]["metric"] == "test_ppl":
+            _logarithmic(panel)
+        t_vals = sorted({method.t_val for method in META_POINTS if method.t_val})
+        panel.set_xticks(t_vals, [str(t_val) for t_val in t_vals])
+    others = list(dict.fromkeys(record["label"] for record in levels if record["label"] not in chosen))
+    _legend(panels[0, -1], others)
+    save(figure, path)
+
+
+def _legend(panel: Any, others: list[str]) -> None:
+    """The coloured lines one by one, beside the panel; the grey ones together."""
+    if others:
+        text = textwrap.fill(f"others: {', '.join(others)}", 36)
+        panel.plot([], [], color=GREY, linewidth=0.9, label=text)
+    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def _logarithmic(panel: Any) -> None:
+    """A scale for perplexities, with whole numbers beside it."""
+    panel.set_yscale("log")
+    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        set_formatter("{x:.0f}")

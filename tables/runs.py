@@ -1,0 +1,109 @@
+"""The runs of a result: runs.jsonl and metrics.csv, from which all its other files are computed.
+
+The first line of runs.jsonl describes the result as a whole, every other line a run. metrics.csv has a row for every
+epoch of every run, whose number stands in the column "run".
+"""
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cells import Cell
+from words import problem_of
+from writing import read_csv, read_jsonl, write_csv, write_jsonl
+
+Row = dict[str, float]  # of metrics.csv
+NOT_ARGUMENTS = ("out", "resume", "script")  # of a run for whoever repeats it
+
+
+@dataclass
+class Run:
+    """One run, as a result keeps it."""
+
+    run: int
+    name: str  # of the folder that it ran in
+    method: str
+    lines: dict[str, int]  # the detail of each line that it serves -> the epochs that count there
+    status: str  # done or diverged
+    seed: int
+    script: str
+    command: str
+    arguments: dict[str, Any]  # of the script, without dashes
+    commit: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    cost: dict[str, float]  # empty where it is not known
+    lr_scale: dict[str, Any] | None = None  # where the run measured it
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def problem(self) -> str:
+        return problem_of(self.arguments)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.script == "meta-train" or self.arguments["schedule"] == "mlr-snet"
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """metrics.csv of a run's folder so far."""
+    if not (folder / "metrics.csv").exists():
+        return []
+    return [{name: float(value) for name, value in row.items()} for row in read_csv(folder / "metrics.csv")]
+
+
+def collect(cells: Iterable[Cell], folder: Path) -> list[Run]:
+    """The runs of a table's cells from their folders, in which each has ended."""
+    runs = []
+    for number, cell in enumerate(cells):
+        place, script = folder / cell.name, cell.method.script
+        facts = _json(place / "args.json")
+        runs.append(Run(
+            number, cell.name, cell.method.name, cell.lines, _json(place / "status.json")["status"], cell.seed, script,
+            shlex.join(["python", f"{script}/{script}.py", *cell.flags]), _set(facts["arguments"]), facts["commit"],
+            facts["versions"], facts["hardware"], _json(place / "cost.json"), _json(place / "lr_scale.json") or None,
+            rows_of(place),
+        ))
+    return runs
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _set(namespace: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of args.json that are set, by the names of their flags."""
+    named = {name.replace("_", "-"): value for name, value in namespace.items()}
+    return {
+        name: value for name, value in named.items() if name not in NOT_ARGUMENTS and value not in (None, False)
+    }
+
+
+def write(folder: Path, header: dict[str, Any], runs: list[Run]) -> None:
+    """runs.jsonl and metrics.csv."""
+    contents, rows = [header], []
+    for run in runs:
+        content = asdict(run)
+        for row in content.pop("rows"):
+            rows.append({"run": run.run} | {name: f"{value:.8g}" for name, value in row.items()})
+        contents.append({name: value for name, value in content.items() if value is not None})
+    write_jsonl(folder / "runs.jsonl", contents)
+    write_csv(folder / "metrics.csv", list(dict.fromkeys(name for row in rows for name in row)), rows)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
+    """The header and the runs. ValueError where the folder has none."""
+    if not (folder / "runs.jsonl").exists():
+        raise ValueError(f"{folder}: has no runs.jsonl; give the folder of a result")
+    header, *lines = read_jsonl(folder / "runs.jsonl")
+    if "study" in header:
+        return header, []
+    runs = [Run(**line) for line in lines]
+    by_number = {run.run: run for run in runs}
+    for row in read_csv(folder / "metrics.csv"):
+        number = int(row.pop("run"))
+        by_number[number].rows.append({name: float(value) for name, value in row.items() if value})
+    return header, runs
