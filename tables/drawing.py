@@ -10,7 +10,7 @@ from typing import Any
 
 from methods import META_POINTS
 from PIL import Image
-from records import Record, places_of
+from records import Record, places_of, unit_of
 
 from utils import write_atomically
 
@@ -63,11 +63,6 @@ def style_of(label: str, chosen: Sequence[str], is_ours: bool) -> dict[str, Any]
     line = ["-", "--", ":"][place // len(COLOURS) % 3]
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": line, "linewidth": 2.4 if is_ours else 1.3,
             "zorder": 2}
-
-
-def unit_of(records: list[Record]) -> str:
-    is_text = any(record.get("metric") == "test_ppl" for record in records)
-    return "test perplexity" if is_text else "test accuracy (%)"
 
 
 def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> None:

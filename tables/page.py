@@ -24,24 +24,15 @@ CURVES = {  # column of metrics.csv -> its panel; a group has those that its run
     "test_ppl_average": "test perplexity, averaged weights",
     "lr": "learning rate (mean of the epoch)",
 }
-DASHES = ["solid", "dashed", "dotted"]
 LOGARITHMIC = ["lr", "test_ppl", "test_ppl_average"]
-NUMBERS = {  # of a record -> column and decimals; a group has those that its records have
-    "finished": ("seeds finished", 0),
-    "last_mean": ("last epoch", 2),
-    "last_std": ("± last", 2),
-    "average_mean": ("averaged weights", 2),
-    "average_std": ("± averaged", 2),
-    "best_mean": ("best epoch", 2),
-    "best_std": ("± best", 2),
-    "train_acc_mean": ("training accuracy", 2),
-    "train_clean_acc_mean": ("on true labels", 2),
-    "steps_to_target": ("steps to target", 0),
+COLUMNS = {  # of a record -> title and decimals; a group has those that its records have
+    "finished": ("seeds finished", 0), "last_mean": ("last epoch", 2), "last_std": ("± last", 2),
+    "average_mean": ("averaged weights", 2), "average_std": ("± averaged", 2), "best_mean": ("best epoch", 2),
+    "best_std": ("± best", 2), "train_acc_mean": ("training accuracy", 2),
+    "train_clean_acc_mean": ("on true labels", 2), "steps_to_target": ("steps to target", 0),
     "seconds_to_target": ("seconds to target", 0),
-    "relative_seconds": ("time", 2),
-    "relative_forward_passes": ("forward", 2),
-    "relative_backward_passes": ("backward", 2),
-    "relative_peak_memory_mib": ("memory", 2),
+    "relative_seconds": ("time", 2), "relative_forward_passes": ("forward", 2),
+    "relative_backward_passes": ("backward", 2), "relative_peak_memory_mib": ("memory", 2),
 }
 
 
@@ -50,7 +41,7 @@ def is_available() -> bool:
     return importlib.util.find_spec("bokeh") is not None
 
 
-def write_page(path: Path, title: str, records: list[Record], highlight: Sequence[str] = ()) -> None:
+def write_html(path: Path, title: str, records: list[Record], highlight: Sequence[str] = ()) -> None:
     """The page of a table, beside the folder `runs`: for every group the curves and the rows. The lines of `highlight`
     are shown first, by default those that the pictures show in colour.
     """
@@ -73,8 +64,7 @@ def write_page(path: Path, title: str, records: list[Record], highlight: Sequenc
         if finished:
             parts.append(_curves(finished, shown))
         parts.append(_rows(members))
-    page = file_html(column(*parts), INLINE, title)
-    write_atomically(path, page.encode())
+    write_atomically(path, file_html(column(*parts), INLINE, title).encode())
 
 
 def _curves(members: list[Record], shown: list[str]) -> Any:
@@ -82,10 +72,7 @@ def _curves(members: list[Record], shown: list[str]) -> Any:
     from bokeh.layouts import row
     from bokeh.models.annotations import Legend, LegendItem
 
-    panels: list[Any] = []
-    for name in CURVES:
-        if name in members[0]["runs"][0][0]:
-            panels.append(_panel(name, members, shown))
+    panels = [_panel(name, members, shown) for name in CURVES if name in members[0]["runs"][0][0]]
     items = []
     for place, record in enumerate(members):
         *others, last = [panel.renderers[place] for panel in panels]
@@ -101,7 +88,7 @@ def _curves(members: list[Record], shown: list[str]) -> Any:
 
 
 def _panel(name: str, members: list[Record], shown: list[str]) -> Any:
-    """One column of metrics.csv against epochs: a line for every record, in their order."""
+    """One column of metrics.csv against epochs: the mean over the seeds of every record, in their order."""
     from bokeh.plotting import figure
 
     panel = figure(
@@ -112,21 +99,14 @@ def _panel(name: str, members: list[Record], shown: list[str]) -> Any:
     panel.toolbar.logo = None
     labels = sorted([record["label"] for record in members], key=lambda label: label not in shown)
     for record in members:
-        means, place = _means(record, name), labels.index(record["label"])  # the lines shown get the first colours
+        place = labels.index(record["label"])  # the lines shown get the first colours
+        means = [statistics.mean(row[name] for row in rows) for rows in zip(*record["runs"], strict=False)]
         panel.line(
             list(range(1, len(means) + 1)), means, name=record["label"], visible=record["label"] in shown,
-            color=COLOURS[place % len(COLOURS)], line_dash=DASHES[place // len(COLOURS) % len(DASHES)],
+            color=COLOURS[place % len(COLOURS)], line_dash=["solid", "dashed", "dotted"][place // len(COLOURS) % 3],
             line_width=3 if record["is_ours"] else 1.5,
         )
     return panel
-
-
-def _means(record: Record, name: str) -> list[float]:
-    """The mean of a column over the seeds, for every epoch."""
-    means = []
-    for epoch in range(min(len(run) for run in record["runs"])):
-        means.append(statistics.mean(run[epoch][name] for run in record["runs"]))
-    return means
 
 
 def _rows(members: list[Record]) -> Any:
@@ -136,13 +116,16 @@ def _rows(members: list[Record]) -> Any:
 
     data: dict[str, list[Any]] = {"method": [record["method"] for record in members]}
     columns = [TableColumn(field="method", title="method", width=300)]
-    for name, (title, decimals) in NUMBERS.items():
+    for name, (title, decimals) in COLUMNS.items():
         values = [record.get(name) for record in members]
         if any(value is not None for value in values):
             data[name] = values
             formatter = NumberFormatter(format=f"0.{'0' * decimals}" if decimals else "0", null_format="–")
             columns.append(TableColumn(field=name, title=title, width=105, formatter=formatter))
-    data["runs"] = [_links(record) for record in members]
+    data["runs"] = [
+        " ".join(f"<a href='runs/{quote(name)}/'>{seed}</a>" for seed, name in record["names"].items())
+        for record in members
+    ]
     columns.append(TableColumn(
         field="runs", title="runs (seeds)", width=110, sortable=False,
         formatter=HTMLTemplateFormatter(template="<%= value %>"),
@@ -151,8 +134,3 @@ def _rows(members: list[Record]) -> Any:
         source=ColumnDataSource(data), columns=columns, index_position=None, width=sum(c.width for c in columns),
         height=25 * len(members) + 35, fit_columns=False,
     )
-
-
-def _links(record: Record) -> str:
-    """A link for every seed, to its run folder."""
-    return " ".join(f"<a href='runs/{quote(name)}/'>{seed}</a>" for seed, name in record["names"].items())

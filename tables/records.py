@@ -1,5 +1,6 @@
 """What a table says: a record for every line and method, computed from the runs."""
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -15,37 +16,34 @@ Record = dict[str, Any]  # of a method on a line, over its seeds; lacks the resu
 COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
            "average_mean", "average_std", "train_acc_mean", "train_acc_std", "train_clean_acc_mean",
            "train_clean_acc_std", "target", "reached", "steps_to_target", "seconds_to_target", "seconds", *COSTS,
-           "relative_seconds", *[f"relative_{name}" for name in COSTS]]
+           "relative_seconds", *(f"relative_{name}" for name in COSTS)]
 
 
 def summarise(runs: Sequence[Run], target: float | None) -> list[Record]:
     """One record for every line and method. Without a target, it is the mean last result of fixed (text: sgd+val)."""
-    members: dict[tuple[str, str], list[Run]] = {}
-    details: dict[str, str] = {}
+    members: dict[str, dict[str, list[Run]]] = {}  # group -> method -> runs
+    details = {}
     for run in runs:
         for detail in run.lines:
             group = joined(run.problem, detail)
             details[group] = detail
-            members.setdefault((group, run.method), []).append(run)
-    methods = list(dict.fromkeys(run.method for run in runs))
-    order = list(details)
+            members.setdefault(group, {}).setdefault(run.method, []).append(run)
     records = []
-    for group, method in sorted(members, key=lambda key: (order.index(key[0]), methods.index(key[1]))):
-        records.append(_record(group, details[group], method, members[group, method]))
-    for record in records:
-        baseline = _baseline(records, record["group"])
-        if baseline and "runs" in record:
-            for name in ("seconds", *COSTS):
-                if record.get(name) is not None and baseline.get(name):
-                    record[f"relative_{name}"] = record[name] / baseline[name]
-            record |= _reach(record, baseline["last_mean"] if target is None else target)
+    for group, by_method in members.items():
+        methods = [method for method in dict.fromkeys(run.method for run in runs) if method in by_method]
+        finished = [_record(group, details[group], method, by_method[method]) for method in methods]
+        for baseline in ("fixed", "sgd+val"):
+            found = [record for record in finished if record["method"] == baseline and "runs" in record]
+            if found:
+                finished = [_compared(record, found[0], target) for record in finished]
+                break
+        records += finished
     return records
 
 
 def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
     first = runs[0]
-    epochs = first.lines[detail]
-    words = in_words(first.arguments)
+    epochs, words = first.lines[detail], in_words(first.arguments)
     done = [run for run in runs if len(run.rows) >= epochs]  # a diverged run ends before
     record: Record = {
         "group": group, "detail": detail, "title": joined(words, detail), "method": method, "label": method,
@@ -76,40 +74,35 @@ def _results(done: list[Run], epochs: int) -> Record:
         results[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
     results["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
     if all(run.cost for run in done):
-        for name in COSTS:
-            shares = [epochs / len(run.rows) if name.endswith("_passes") else 1.0 for run in done]
-            results[name] = statistics.mean(
-                run.cost[name] * share for run, share in zip(done, shares, strict=True)
-            )
         results["steps_per_epoch"] = done[0].cost["steps_per_epoch"]
+        for name in COSTS:  # the passes of the epochs that count
+            shares = [epochs / len(run.rows) if name.endswith("_passes") else 1.0 for run in done]
+            results[name] = statistics.mean(run.cost[name] * share for run, share in zip(done, shares, strict=True))
     return results
 
 
-def _baseline(records: list[Record], group: str) -> Record | None:
-    """The record of the group that the costs are relative to."""
-    for name in ("fixed", "sgd+val"):
-        for record in records:
-            if record["group"] == group and record["method"] == name and "runs" in record:
-                return record
-    return None
+def _compared(record: Record, baseline: Record, target: float | None) -> Record:
+    """With its costs relative to the baseline's and, by default, its way to the baseline's result."""
+    if "runs" not in record:
+        return record
+    relative = {f"relative_{name}": record[name] / baseline[name] for name in ("seconds", *COSTS)
+                if record.get(name) is not None and baseline.get(name)}
+    return record | relative | _reach(record, baseline["last_mean"] if target is None else target)
 
 
 def _reach(record: Record, target: float) -> Record:
     """Steps and seconds until the target is met, the mean over the runs that met it."""
-    steps, seconds = [], []
+    epochs, seconds = [], []
     for rows in record["runs"]:
-        spent = 0.0
-        for epoch, row in enumerate(rows, 1):
-            spent += row["seconds"]
-            result = row[record["metric"]]
-            is_reached = result >= target if record["metric"] == "test_acc" else result <= target
-            if is_reached:
-                steps.append(epoch * record.get("steps_per_epoch", 0))
-                seconds.append(spent)
-                break
-    reach: Record = {"target": target, "reached": len(steps)}
-    if steps and "steps_per_epoch" in record:
-        reach |= {"steps_to_target": statistics.mean(steps), "seconds_to_target": statistics.mean(seconds)}
+        is_met = [row[record["metric"]] >= target if record["metric"] == "test_acc" else row[record["metric"]] <= target
+                  for row in rows]
+        if any(is_met):
+            epochs.append(is_met.index(True) + 1)
+            seconds.append(sum(row["seconds"] for row in rows[: epochs[-1]]))
+    reach: Record = {"target": target, "reached": len(epochs)}
+    if epochs and "steps_per_epoch" in record:
+        reach["steps_to_target"] = statistics.mean(epochs) * record["steps_per_epoch"]
+        reach["seconds_to_target"] = statistics.mean(seconds)
     return reach
 
 
@@ -127,19 +120,30 @@ def by_problem(records: list[Record]) -> list[Record]:
     return regrouped
 
 
-def badness(record: Record) -> float:
-    """Smaller is better: of the averaged weights where there are any, else of the last epoch."""
-    if "runs" not in record:
-        return float("inf")
-    value = record["average_mean"] if "average_mean" in record else record["last_mean"]
-    return -value if record["metric"] == "test_acc" else value
-
-
 def places_of(records: list[Record]) -> Counter[str]:
     """Every label's places among the best, summed over the groups; the smallest is the best."""
     places: Counter[str] = Counter()
     for group in dict.fromkeys(record["group"] for record in records):
-        members = sorted([record for record in records if record["group"] == group], key=badness)
+        members = sorted([record for record in records if record["group"] == group], key=_badness)
         for place, record in enumerate(members):
             places[record["label"]] += place
     return places
+
+
+def _badness(record: Record) -> float:
+    """Smaller is better: of the averaged weights where there are any, else of the last epoch."""
+    if "runs" not in record:
+        return math.inf
+    value = record["average_mean"] if "average_mean" in record else record["last_mean"]
+    return -value if record["metric"] == "test_acc" else value
+
+
+def leading(ranked: Sequence[str], first: Sequence[str], most: int) -> list[str]:
+    """At most so many of those that are ranked from the best on: those in `first`, then the best others."""
+    chosen = sorted(ranked, key=lambda name: name not in first)[:most]
+    return [name for name in ranked if name in chosen]
+
+
+def unit_of(records: list[Record]) -> str:
+    is_text = any(record.get("metric") == "test_ppl" for record in records)
+    return "test perplexity" if is_text else "test accuracy (%)"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from drawing import COLOURS, save, style_of, subplots
 from methods import GRID
-from records import Record
+from records import Record, leading
 from runs import Run
 from writing import MOST_ROWS, markdown, write_csv
 
@@ -37,7 +37,7 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
     shares = [len([ratio for ratio in near if 1 / factor <= ratio <= factor]) for factor in (2, 3)]
     return [
         f"Regret over {len(peaks)} problems, each method with its better weights:", "",
-        *markdown(_rows(summaries, highlight)), "",
+        *markdown(_rows(summaries, highlight)),
         "Points of accuracy behind the best of a grid of cosines, and per cent of perplexity; the best is picked on "
         "test data. Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training. "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
@@ -126,13 +126,8 @@ def shown(summaries: list[Record], highlight: Sequence[str], most: int) -> list[
     better: dict[str, Record] = {}
     for summary in summaries:  # the best first
         better.setdefault(summary["method"], summary)
-
-    def is_first(summary: Record) -> bool:
-        return summary["method"] in highlight if highlight else summary["is_ours"]
-
-    ranked = list(better.values())
-    chosen = sorted(ranked, key=lambda summary: not is_first(summary))[:most]
-    return [summary for summary in ranked if summary in chosen]
+    first = highlight or [method for method, summary in better.items() if summary["is_ours"]]
+    return [better[method] for method in leading(list(better), first, most)]
 
 
 def _rows(summaries: list[Record], highlight: Sequence[str]) -> list[list[str]]:

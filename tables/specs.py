@@ -1,4 +1,4 @@
-"""The tables as data: their questions, methods and lines, and the paper's numbers. To add a table, add its entry.
+"""The tables as data: their questions, methods and lines. To add a table, add its entry.
 
 A line is what one section of a table trains: a network, a data set and further flags of the scripts, written as
 FLAG=VALUE; a flag without a value ends in "=".
@@ -14,6 +14,12 @@ from data import TEXTS
 
 Arguments = dict[str, str]  # of a script: flag without dashes -> value, "" for a flag without one
 
+SMOKE = {
+    "images": "network=resnet8 dataset=digits num-epoch=2 limit-train=64 limit-test=100 batch-size=16 num-meta=100",
+    "text": "dataset=pydoc num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4",
+}
+SMOKE_DIFFERENCES = {"num-epoch": ("2", "3"), "limit-train": ("64", "128"), "t-val": ("1", "2")}  # of two lines
+
 
 @dataclass(frozen=True)
 class Table:
@@ -24,7 +30,6 @@ class Table:
     methods: list[str]
     presets: dict[str, list[Arguments]]  # "paper", "desk" -> its lines; "smoke" follows from "desk"
     named_by: tuple[str, ...] = ()  # the flags that tell its lines apart, beside network and data set
-    published: dict[str, dict[str, str]] = field(default_factory=dict)  # problem -> method -> the paper's number
     text_methods: list[str] = field(default_factory=list)  # of the text lines, in a table that has images and text
     only_in_t_val: list[str] = field(default_factory=list)  # methods that t_val.png shows instead of table.png
     has_regret: bool = False  # every line also runs a grid of cosines, whose best is the zero mark of regret.py
@@ -35,7 +40,25 @@ class Table:
         return [*self.presets, "smoke"]
 
     def lines(self, preset: str) -> list[Arguments]:
-        return self.presets[preset] if preset in self.presets else smoke_of(self.presets["desk"], self.own_data)
+        return self.presets[preset] if preset in self.presets else self._smoke()
+
+    def _smoke(self) -> list[Arguments]:
+        """The first and the last line of the desk at the smallest sizes, without a download. What they are named by
+        still differs.
+        """
+        ends = [self.presets["desk"][0], self.presets["desk"][-1]]
+        kinds = ["text" if line["dataset"] in TEXTS else "images" for line in ends]
+        small = []
+        for place, (line, kind) in enumerate(zip(ends, kinds, strict=True)):
+            arguments = line | parse(SMOKE[kind])
+            if self.own_data:
+                arguments["dataset"] = line["dataset"]
+            for name, values in SMOKE_DIFFERENCES.items():
+                if name in self.named_by and kinds[0] == kinds[1] and ends[0].get(name) != ends[1].get(name):
+                    arguments[name] = values[place]
+            if arguments not in small:
+                small.append(arguments)
+        return small
 
 
 def parse(text: str) -> Arguments:
@@ -51,30 +74,6 @@ def lines(shared: str, *choices: Sequence[str]) -> list[Arguments]:
 def flag(name: str, *values: str) -> list[str]:
     """The choices of one flag."""
     return [f"{name}={value}" for value in values]
-
-
-SMOKE = {
-    "images": "network=resnet8 dataset=digits num-epoch=2 limit-train=64 limit-test=100 batch-size=16 num-meta=100",
-    "text": "dataset=pydoc num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4",
-}
-SMOKE_DIFFERENCES = {"num-epoch": ("2", "3"), "limit-train": ("64", "128"), "t-val": ("1", "2")}  # of two lines
-
-
-def smoke_of(desk: list[Arguments], own_data: bool) -> list[Arguments]:
-    """The first and the last line at the smallest sizes, without a download. What they differ in, they still do."""
-    ends = [desk[0], desk[-1]]
-    kinds = ["text" if line["dataset"] in TEXTS else "images" for line in ends]
-    small = []
-    for place, (line, kind) in enumerate(zip(ends, kinds, strict=True)):
-        arguments = line | parse(SMOKE[kind])
-        if own_data:
-            arguments["dataset"] = line["dataset"]
-        for name, values in SMOKE_DIFFERENCES.items():
-            if kinds[0] == kinds[1] and ends[0].get(name) != ends[1].get(name):
-                arguments[name] = values[place]
-        if arguments not in small:
-            small.append(arguments)
-    return small
 
 
 STAGE = [
@@ -97,7 +96,6 @@ UNTUNED_TEXT = "dataset=text embed-size=64 dropout=0.1 limit-test=10000 average=
 NOISES = [flag("noise-kind", "uniform", "flip"), flag("label-noise", "0.2", "0.4", "0.6")]
 BOTH_OPTIMIZERS = ["momentum=0.9", "optimizer=adamw"]
 
-# Published numbers: test accuracy (%) or perplexity at the last epoch; ~ marks those read off plots.
 TABLES: dict[str, Table] = {
     "first": Table(  # wrong labels keep the training loss from vanishing
         title="A first look: digits with 40 % wrong training labels",
@@ -115,13 +113,6 @@ TABLES: dict[str, Table] = {
             "paper": lines("network=resnet dataset=cifar10 num-epoch=200"),
             "desk": lines(f"network=resnet8 dataset=cifar10 {DESK}"),
         },
-        published={
-            "resnet cifar10": {
-                "MLR-SNet (learning)": "~94.5 (a logged run: 92.36, best 94.37)", "multistep": "~93.7",
-                "sgdr": "~90.8 (best ~93.8)", "exponential": "~90.7", "rtho": "~90.6", "adam": "~89.4", "hd": "~88.8",
-                "l4mom": "~88.8", "fixed": "~88.3",
-            },
-        },
     ),
     "cifar100-wideresnet": Table(
         title="Meta-train stage on CIFAR-100",
@@ -130,13 +121,6 @@ TABLES: dict[str, Table] = {
         presets={
             "paper": lines("network=wideresnet dataset=cifar100 num-epoch=200"),
             "desk": lines(f"network=resnet20 dataset=cifar100 {DESK}"),
-        },
-        published={
-            "wideresnet cifar100": {
-                "MLR-SNet (learning)": "~79.6 (a logged run: 79.87, best 80.20)", "multistep": "~76.8",
-                "exponential": "~72.2", "hd": "~70.3", "sgdr": "~68.6 (best ~76.7)", "fixed": "~68.5", "adam": "~67.8",
-                "rtho": "~66.7", "l4mom": "~63.3",
-            },
         },
     ),
     "ptb-lstm2": Table(
@@ -147,12 +131,6 @@ TABLES: dict[str, Table] = {
             "paper": lines("network=lstm2 dataset=ptb num-epoch=150"),
             "desk": lines(f"network=lstm2 dataset=ptb {TEXT_DESK}"),
         },
-        published={
-            "lstm2 ptb": {
-                "MLR-SNet (learning)": "~70.6", "adam+val": "~71.1", "sgd+val": "~74.3", "rtho": "~77.0",
-                "hd": "~77.2", "l4adam": "~83.5", "MLR-SNet (transferred)": "~71.5",
-            },
-        },
     ),
     "ptb-lstm3": Table(
         title="Language modelling, three layers",
@@ -161,12 +139,6 @@ TABLES: dict[str, Table] = {
         presets={
             "paper": lines("network=lstm3 dataset=ptb num-epoch=150"),
             "desk": lines(f"network=lstm3 dataset=ptb {TEXT_DESK}"),
-        },
-        published={
-            "lstm3 ptb": {
-                "MLR-SNet (learning)": "~72.5", "adam+val": "~74.8", "sgd+val": "~76.0", "rtho": "~78.9",
-                "hd": "~78.9", "l4adam": "~93",
-            },
         },
     ),
     "networks": Table(
@@ -178,20 +150,6 @@ TABLES: dict[str, Table] = {
                            flag("network", "shufflenetv2", "mobilenetv2", "nasnet")),
             "desk": lines("dataset=cifar10 num-epoch=15 limit-train=5000 limit-test=2000 momentum=0.9",
                           flag("network", "shufflenetv2", "mobilenetv2", "resnet8")),
-        },
-        published={
-            "shufflenetv2 cifar10": {
-                "MLR-SNet (transferred)": "~91.4", "exponential": "~89.5", "multistep": "~88.8", "adam": "~87.8",
-                "fixed": "~87.0", "sgdr": "~73.2",
-            },
-            "mobilenetv2 cifar10": {
-                "exponential": "~93.4", "multistep": "~92.3", "MLR-SNet (transferred)": "~91.2", "fixed": "~90.5",
-                "adam": "~89.7", "sgdr": "~76.0",
-            },
-            "nasnet cifar10": {
-                "MLR-SNet (transferred)": "~95.0", "exponential": "~94.8", "multistep": "~94.7", "adam": "~90.5",
-                "fixed": "~87.2", "sgdr": "~84.5",
-            },
         },
     ),
     "datasets": Table(
@@ -205,14 +163,6 @@ TABLES: dict[str, Table] = {
             "desk": [*lines(f"network=resnet8 {DESK} momentum=0.9", flag("dataset", "svhn", "tinyimagenet")),
                      *lines(f"network=lstm2 dataset=ptb {TEXT_DESK}")],
         },
-        published={
-            "resnet svhn": {"MLR-SNet (transferred)": "~95.3 (others 93.0–96.1)"},
-            "resnet tinyimagenet": {
-                "MLR-SNet (transferred)": "~58", "multistep": "~59", "exponential": "~58.5", "fixed": "~51",
-                "adam": "~41.7", "sgdr": "~40",
-            },
-            "lstm2 ptb": {"MLR-SNet (transferred)": "~71.5", "adam+val": "~71.2", "sgd+val": "~74.3"},
-        },
     ),
     "imagenet": Table(
         title="The shipped schedules on ImageNet",
@@ -221,12 +171,6 @@ TABLES: dict[str, Table] = {
         presets={
             "paper": lines("network=resnet50-imagenet dataset=imagenet momentum=0.9 num-epoch=90"),
             "desk": lines(f"network=resnet50-imagenet dataset=imagenet momentum=0.9 {DESK}"),
-        },
-        published={
-            "resnet50-imagenet imagenet": {
-                "MLR-SNet (transferred)": "~74.9", "exponential": "~76.1", "multistep": "~75.9", "fixed": "~66.5",
-                "adam": "~66.6", "sgdr": "~56.2 (best ~75.8)",
-            },
         },
     ),
     "epochs": Table(

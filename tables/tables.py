@@ -18,12 +18,13 @@ sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 from cells import Cell, cells_of
 from cluster import build_executor, threads_of
 from methods import METHODS
-from page import is_available, write_page
+from page import is_available, write_html
 from race import Race
 from records import summarise
-from report import render, write_index
+from report import render
 from runs import collect, read, write
 from specs import TABLES
+from writing import write_index
 
 from training.command_line import Parser, folder, number, user_errors
 from training.folder import FolderLock
@@ -199,7 +200,7 @@ def run_table(args: argparse.Namespace, command: str) -> int:
         render(out)
         if is_available():
             _, runs = read(out)
-            write_page(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
+            write_html(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
     print((out / "README.md").read_text())
     if args.open:
         webbrowser.open((out / "table.html").as_uri())

@@ -1,17 +1,18 @@
-"""The files of a result: CSV tables, Markdown tables, and the page that says what it shows."""
+"""The files of a result: tables as CSV and Markdown, lines of JSON, and the page that says what it shows."""
 
 import csv
 import io
 import json
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from readings import READINGS, Reading
-
 from utils import write_atomically
 
 MOST_ROWS = 12  # of a table on a page
+FOLDER = Path(__file__).resolve().parent
+INDEX = "<!-- one line per result, written by tables.py --render -->\n"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -41,26 +42,49 @@ def read_jsonl(path: Path) -> list[Any]:
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, whose first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
 
 
-def write_page(folder: Path, title: str, question: str, command: str, body: list[str], provenance: str) -> None:
-    """README.md of a result: its question, its reading where there is one, its numbers and where they come from."""
-    reading = READINGS.get(folder.name, Reading(""))
-    paragraphs = [f"# {reading.title or title}", f"*{reading.question or question}*", reading.text]
-    lines = [line for paragraph in paragraphs if paragraph for line in (paragraph, "")]
-    lines += [*body, "```sh", command, "```", "", f"{provenance} {reading.note}".strip(), ""]
+def read_toml(name: str) -> dict[str, Any]:
+    """readings.toml, what a person read in each result, or published.toml, the paper's numbers."""
+    return tomllib.loads((FOLDER / name).read_text())
+
+
+def write_page(
+    folder: Path, title: str, question: str, command: str, body: list[str], facts: Sequence[Mapping[str, Any]]
+) -> None:
+    """README.md of a result: question, reading and numbers, the command, and where the runs were made.
+
+    Each of the facts has a run's "commit", "hardware" and "versions".
+    """
+    reading = {"title": title, "question": question, "reading": "", "note": ""}
+    reading |= read_toml("readings.toml").get(folder.name, {})
+    lines = [f"# {reading['title']}", "", f"*{reading['question']}*", ""]
+    lines += [reading["reading"], ""] if reading["reading"] else []
+    lines += [*body, "```sh", command, "```", ""]
+    machines = {
+        f"{fact['hardware']['gpu'] or fact['hardware']['cpu']}, {fact['hardware']['threads']} thread(s) a run"
+        for fact in facts
+    }
+    commits, versions = {fact["commit"] for fact in facts}, {fact["versions"]["torch"] for fact in facts}
+    lines += [
+        f"Commit {', '.join(sorted(commits))}; {'; '.join(sorted(machines))}; torch {', '.join(sorted(versions))}. "
+        f"`tables.py --render` makes this page from the runs and metrics beside it. {reading['note']}".rstrip(), "",
+    ]
     write_atomically(folder / "README.md", "\n".join(lines).encode())
 
 
-def provenance_of(facts: Sequence[Mapping[str, Any]]) -> str:
-    """Commits, hardware and versions of some runs in a line. Each has "commit", "hardware" and "versions"."""
-    hardware = set()
-    for fact in facts:
-        processor = fact["hardware"]["gpu"] or fact["hardware"]["cpu"]
-        hardware.add(f"{processor}, {fact['hardware']['threads']} thread(s) a run")
-    return (
-        f"Commit {', '.join(sorted({fact['commit'] for fact in facts}))}; {'; '.join(sorted(hardware))}; "
-        f"torch {', '.join(sorted({fact['versions']['torch'] for fact in facts}))}. Made from "
-        "[runs.jsonl](runs.jsonl) and [metrics.csv](metrics.csv)."
-    )
+def index_lines() -> list[str]:
+    """A line for every committed result: its title, and the first sentence of its reading."""
+    lines = []
+    for name, reading in read_toml("readings.toml").items():
+        page = Path("results") / name / "README.md"
+        title = (FOLDER / page).read_text().splitlines()[0].removeprefix("# ")
+        lines.append(f"- [{title}]({page}): {reading['reading'].split('. ')[0].rstrip('.')}.")
+    return lines
+
+
+def write_index() -> None:
+    """These lines, at the end of tables/README.md."""
+    above, _, _ = (FOLDER / "README.md").read_text().partition(INDEX)
+    write_atomically(FOLDER / "README.md", "\n".join([f"{above}{INDEX}", *index_lines(), ""]).encode())

@@ -1,14 +1,15 @@
 """The benchmark: its textbook lookahead is an oracle of the project's meta step; its record holds what it promises."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from benchmark import MEASUREMENTS, SCRIPT, STEPS, alternate, main, textbook_gradient
+from studies.benchmark import MEASUREMENTS, SCRIPT, STEPS, alternate, cell, main
+from studies.benchmark_steps import textbook_gradient
 from test_mlr_snet import OPTIMIZERS, ToyTask, loss_on, small_network, trained
 from test_scripts import ONE_THREAD
+from writing import read_csv, read_jsonl
 
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet
@@ -63,33 +64,39 @@ def test_the_variants_take_turns_and_change_their_order_every_round():
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
+def result(tmp_path_factory):
+    """The header of runs.jsonl, the rows of metrics.csv, and the page."""
     out = tmp_path_factory.mktemp("benchmark")
     assert main([*SMALL, "--only", *IN_THIS_PROCESS, "--out", str(out)]) == 0
-    return json.loads((out / "benchmark.json").read_text()), (out / "benchmark.md").read_text()
+    (header,) = read_jsonl(out / "runs.jsonl")
+    return header, read_csv(out / "metrics.csv"), (out / "README.md").read_text()
 
 
-def test_every_figure_comes_with_its_rounds_and_quartiles(record):
-    measurements = record[0]["measurements"]
-    assert list(measurements) == IN_THIS_PROCESS
-    for measurement in measurements.values():
-        for row in measurement["results"].values():
-            for figure in row.values():
-                low, high = figure["quartiles"]
-                assert len(figure["rounds"]) == 2 and low <= figure["median"] <= high
+def test_every_number_comes_with_its_rounds(result):
+    _, rows, _ = result
+    assert list(dict.fromkeys(row["measurement"] for row in rows)) == IN_THIS_PROCESS
+    rounds = {}
+    for row in rows:
+        rounds.setdefault((row["measurement"], row["variant"], row["column"]), []).append(row["round"])
+    assert all(places == ["1", "2"] for places in rounds.values())
 
 
-def test_ratios_are_positive_and_taken_to_the_first_variant(record):
+def test_ratios_are_positive_and_taken_to_the_first_variant(result):
     for name in ("meta-step", "epoch", "precision", "input"):
-        rows = list(record[0]["measurements"][name]["results"].values())
-        assert rows[0]["ratio"]["rounds"] == [1, 1]
-        assert all(min(row["ratio"]["rounds"]) > 0 for row in rows)
+        ratios = [row for row in result[1] if row["measurement"] == name and row["column"] == "ratio"]
+        assert [float(row["value"]) for row in ratios if row["variant"] == ratios[0]["variant"]] == [1, 1]
+        assert all(float(row["value"]) > 0 for row in ratios)
 
 
-def test_the_record_and_the_page_say_where_they_come_from(record):
-    data, page = record
-    assert data["provenance"]["arguments"]["network"] == "resnet8" and data["device"] == "cpu"
-    assert data["provenance"]["commit"] in page and "--network resnet8" in page
+def test_a_cell_is_the_median_and_the_quartiles_where_the_rounds_differ():
+    assert cell("ratio", [1.0, 3.0, 2.0, 5.0, 4.0]) == "3.00 (2.00 to 4.00)"
+    assert cell("ms", [1234.0, 1234.0]) == "1,234" and cell("ms", None) == "–"
+
+
+def test_the_header_and_the_page_say_where_they_come_from(result):
+    header, _, page = result
+    assert header["arguments"]["network"] == "resnet8" and header["device"] == "cpu"
+    assert header["commit"] in page and "--network resnet8" in page
     assert all(f"## {name}" in page for name in IN_THIS_PROCESS)
 
 
@@ -107,8 +114,9 @@ def test_a_fresh_process_answers_with_the_memory_of_one_variant(tmp_path):
 def test_the_memory_of_every_variant_is_measured_from_any_folder(tmp_path):
     done = run("--only", "memory", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "here" / "benchmark.json").read_text())["measurements"]["memory"]["results"]
-    assert list(results) == list(STEPS) and all(min(row["ratio"]["rounds"]) > 0 for row in results.values())
+    rows = read_csv(tmp_path / "here" / "metrics.csv")
+    assert list(dict.fromkeys(row["variant"] for row in rows)) == list(STEPS)
+    assert all(float(row["value"]) > 0 for row in rows if row["column"] == "ratio")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The problem, the slopes and the table of convergence.py."""
 
-import convergence
 import pytest
 import torch
+from studies import convergence
+from writing import read_csv, read_jsonl
 
 
 def test_the_gradient_is_that_of_the_loss_and_the_smoothness_bounds_it():
@@ -23,10 +24,12 @@ def test_the_interval_of_a_slope_covers_it_and_shrinks_to_it_without_noise():
     assert convergence.slope_with_interval([10, 20, 40], runs) == pytest.approx((-0.5, -0.5, -0.5), abs=1e-5)
 
 
-def test_the_smoke_preset_writes_a_table_and_a_picture_for_every_schedule(tmp_path, capsys):
+def test_the_smoke_preset_writes_a_page_and_a_picture_with_every_schedule(tmp_path, capsys):
     assert convergence.main(["--preset", "smoke", "--seeds", "2", "--out", str(tmp_path)]) == 0
-    table = (tmp_path / "convergence-smoke" / "table.md").read_text()
-    assert all(name in table for name in convergence.schedules(2))
-    assert (tmp_path / "convergence-smoke" / "table.png").stat().st_size > 10_000
-    header, *rows = (tmp_path / "convergence-smoke" / "table.csv").read_text().splitlines()
-    assert header == "schedule,50,100,200,slope,slope_low,slope_high" and len(rows) == len(convergence.schedules(2))
+    folder = tmp_path / "convergence-smoke"
+    assert all(name in (folder / "README.md").read_text() for name in convergence.SCHEDULES)
+    assert (folder / "table.png").stat().st_size > 5_000
+    values = {(row["schedule"], row["steps"]) for row in read_csv(folder / "metrics.csv")}
+    assert values == {(name, steps) for name in convergence.SCHEDULES for steps in ("50", "100", "200")}
+    _, *slopes = read_jsonl(folder / "runs.jsonl")
+    assert all(slope["low"] <= slope["slope"] <= slope["high"] for slope in slopes)

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
-from writing import markdown, provenance_of, read_csv, read_jsonl, write_csv, write_jsonl, write_page
+from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
 
 from data import IMAGES
 from data.images import ImageData, ImageTask
@@ -57,7 +57,6 @@ MOST_META_STEPS = 20  # that stand for an epoch of meta-training at T_val 1
 MOST_BATCHES = 8  # that lie ready where drawing them is not to be measured
 MOST_ROUNDS = {"memory": 3, "epoch": 3}  # each takes long, and varies little
 METRICS = ["measurement", "variant", "column", "round", "value"]  # the columns of metrics.csv
-SUMMARY = ["measurement", "variant", "column", "low", "median", "high"]  # and of table.csv
 
 Columns = dict[str, list[float]]  # a column's name -> its value in every round
 Rows = dict[str, Columns]  # variant -> its numbers by column, named with their unit
@@ -112,12 +111,6 @@ def relative(values: Columns, unit: str, factor: float = 1.0) -> Rows:
     return {
         name: {"ratio": quotients(own, base), unit: [factor * value for value in own]} for name, own in values.items()
     }
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """The lower quartile, the median and the upper quartile."""
-    places = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    return torch.tensor(values, dtype=torch.float64).quantile(places).tolist()
 
 
 # ---------------------------------------------------------------------------------------------- the measurements
@@ -302,21 +295,22 @@ def cell(column: str, values: list[float] | None) -> str:
     """The median and, where the rounds differ, the quartiles."""
     if values is None:
         return "–"
+    places = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, median, high = (
         format(value, ".2f" if column == "ratio" else ",.0f" if abs(value) >= 1000 else ".3g")
-        for value in quartiles(values)
+        for value in torch.tensor(values, dtype=torch.float64).quantile(places).tolist()
     )
     return median if low == high else f"{median} ({low} to {high})"
 
 
 def render(folder: Path) -> None:
-    """table.csv and the page, from runs.jsonl and metrics.csv."""
+    """The page, from runs.jsonl and metrics.csv."""
     (header,) = read_jsonl(folder / "runs.jsonl")
     measurements: dict[str, Rows] = {}
     for row in read_csv(folder / "metrics.csv"):
         variants = measurements.setdefault(row["measurement"], {})
         variants.setdefault(row["variant"], {}).setdefault(row["column"], []).append(float(row["value"]))
-    args, rows = header["arguments"], []
+    args = header["arguments"]
     body = [
         f"{args['network']} on {args['dataset']}, {args['image_size']} pixels, batch {args['batch_size']}, "
         f"{header['device']}. Median (quartiles) over the rounds, in which the variants take turns; ratios are taken "
@@ -324,16 +318,10 @@ def render(folder: Path) -> None:
     ]
     for name, numbers in measurements.items():
         columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
-        table = [["variant", *columns]]
-        for variant, values in numbers.items():
-            table.append([variant, *(cell(column, values.get(column)) for column in columns)])
-            for column, rounds in values.items():
-                summary = dict(zip(SUMMARY[3:], quartiles(rounds), strict=True))
-                rows.append({"measurement": name, "variant": variant, "column": column, **summary})
-        body += [f"## {name}", "", header["how"][name], "", *markdown(table), ""]
-    write_csv(folder / "table.csv", SUMMARY, rows)
+        table = [[variant, *(cell(column, row.get(column)) for column in columns)] for variant, row in numbers.items()]
+        body += [f"## {name}", "", header["how"][name], "", *markdown([["variant", *columns], *table])]
     title, question = "What the method costs", "What does a meta step cost beside a plain step, in time and memory?"
-    write_page(folder, title, question, header["command"], body, provenance_of([header]))
+    write_page(folder, title, question, header["command"], body, [header])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -381,7 +369,7 @@ def measure(setting: Setting, command: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     command = shlex.join(["python", "tables/studies/benchmark.py", *(argv if argv is not None else sys.argv[1:])])
-    with user_errors():
+    with user_errors(args):
         device = pick_device(args.device)
         choose_algorithms(deterministic=False)
         setting = Setting(args, device, build_images(args, device))

@@ -78,7 +78,7 @@ class Transformer(nn.Module):
 class Recurrent(nn.Module):
     """One GRU or LSTM layer over characters."""
 
-    def __init__(self, vocabulary: int, cell: type[nn.RNNBase], num_layers: int = 1, width: int = 96):
+    def __init__(self, vocabulary: int, cell: type[nn.GRU] | type[nn.LSTM], num_layers: int = 1, width: int = 96):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.cells = cell(width, width, num_layers, batch_first=True)

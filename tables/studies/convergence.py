@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
 from drawing import save, subplots
-from writing import markdown, provenance_of, read_csv, read_jsonl, write_csv, write_jsonl, write_page
+from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
 
 from mlr_snet import MLRSNet, load_schedules
 from training.command_line import number, user_errors
@@ -141,7 +141,7 @@ def write(folder: Path, lengths: list[int], results: dict[str, list[Tensor]], he
 
 
 def render(folder: Path) -> None:
-    """table.csv, the picture and the page, from runs.jsonl and metrics.csv."""
+    """The picture and the page, from runs.jsonl and metrics.csv."""
     header, *schedules = read_jsonl(folder / "runs.jsonl")
     for schedule in schedules:
         rows = [row for row in read_csv(folder / "metrics.csv") if row["schedule"] == schedule["schedule"]]
@@ -153,21 +153,17 @@ def render(folder: Path) -> None:
         values = [f"{value:.3g}" for value in schedule["values"].values()]
         slope = f"{schedule['slope']:.2f} ({schedule['low']:.2f} to {schedule['high']:.2f})"
         table.append([schedule["schedule"], *values, slope])
-    columns = ["schedule", *map(str, lengths), "slope", "low", "high"]
-    write_csv(folder / "table.csv", columns, [
-        schedule | {str(length): value for length, value in schedule["values"].items()} for schedule in schedules
-    ])
     draw(folder / "table.png", lengths, schedules)
     body = [
-        *markdown(table), "",
+        *markdown(table),
         "The smallest expected squared gradient norm along a run, and the slope of its logarithm against that of the "
-        "number of steps; the interval is a bootstrap over the seeds. γ and every peak learning rate are 1/smoothness.",
-        "", "![Smallest expected squared gradient norm against the number of steps](table.png)", "",
+        f"number of steps; the interval is a bootstrap over the {header['arguments']['seeds']} seeds. γ and every peak "
+        "learning rate are 1/smoothness.", "",
+        "![Smallest expected squared gradient norm against the number of steps](table.png)", "",
     ]
     title = "Convergence on a smooth non-convex problem"
     question = "How fast does SGD converge under each schedule where the gradient noise is known?"
-    provenance = f"Seeds 0 to {header['arguments']['seeds'] - 1}. {provenance_of([header])}"
-    write_page(folder, title, question, header["command"], body, provenance)
+    write_page(folder, title, question, header["command"], body, [header])
 
 
 def draw(path: Path, lengths: list[int], schedules: list[dict[str, Any]]) -> None:

@@ -1,0 +1,45 @@
+"""The calibration: its targets, its rules, and a small one from the first run to the page."""
+
+import pytest
+from studies import calibrate
+from studies.calibration_problems import PROBLEMS
+from writing import read_csv, read_jsonl
+
+
+def case(scores, **more):
+    return calibrate.Case(PROBLEMS[0], 100, scores, more.get("range_test", []), more.get("trials", {}))
+
+
+def test_the_best_peak_is_the_vertex_through_the_lowest_score_and_its_neighbours():
+    parabola = case({octave: (octave - 0.3) ** 2 for octave in range(-2, 3)})
+    assert parabola.best == pytest.approx(0.3)
+
+
+def test_the_regret_of_a_rate_lies_between_those_of_the_peaks_beside_it_and_is_level_outside_the_grid():
+    one = case({-1: 4.0, 0: 1.0, 1: 3.0})
+    assert [one.regret(rate) for rate in (0.0, 0.5, 1.0, 7.0, -7.0)] == [0.0, 1.0, 2.0, 2.0, 3.0]
+
+
+def test_c_is_fitted_to_the_smallest_error():
+    cases = [case({octave: abs(octave - 1) for octave in range(-2, 4)})]
+    assert calibrate.fitted(calibrate.RULES["c per optimizer"], cases) == pytest.approx(1.0)
+
+
+def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys):
+    arguments = ["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "digits8", "--longest", "100",
+                 "--trace-seeds", "1", "--judge-seeds", "1"]
+    assert calibrate.main(arguments) == 0
+    before = (tmp_path / "out" / "runs.jsonl").read_bytes()
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert calibrate.main(arguments) == 0
+    assert (tmp_path / "out" / "runs.jsonl").read_bytes() == before
+    assert all(f"| {name} | " in page for name in calibrate.RULES)
+    rows = read_csv(tmp_path / "out" / "table.csv")
+    assert [row["steps"] for row in rows] == ["100", "100"]
+    assert read_jsonl(tmp_path / "out" / "runs.jsonl")[0]["study"] == "calibrate"
+
+
+def test_data_that_is_not_there_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        calibrate.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "cifar8 mlp2"])
+    assert exit.value.code == 2 and "no class folders; give --data-root" in capsys.readouterr().err
