@@ -59,20 +59,10 @@ class Method:
         return not self.is_ours and "lr" not in self.flags and SCHEDULES[self.schedule].rate == "initial"
 
 
-def _learned(name: str, **flags: str) -> Method:
-    return Method(name, "meta-train", _dashed(flags))
-
-
-def _transferred(name: str, **flags: str) -> Method:
-    return Method(name, "meta-test", {"schedule": "mlr-snet", **_dashed(flags)})
-
-
-def _rival(name: str, schedule: str = "", **flags: str) -> Method:
-    return Method(name, "meta-test", {"schedule": schedule or name, **_dashed(flags)})
-
-
-def _dashed(flags: dict[str, str]) -> dict[str, str]:
-    return {name.replace("_", "-"): value for name, value in flags.items()}
+def _parsed(text: str) -> tuple[str, dict[str, str]]:
+    """Script and flags of "SCRIPT FLAG=VALUE FLAG=VALUE"."""
+    script, *flags = text.split()
+    return script, dict(flag.split("=") for flag in flags)
 
 
 # Peak rates at most a factor of 3 apart. A line of a table with regrets runs a cosine from each of its optimizer's;
@@ -90,51 +80,37 @@ DECAYING = ["cosine", "warmup-cosine", "linear", "wsd"]  # raced at three peaks:
 MEASURED = [f"{name} (measured)" for name in DECAYING]
 CONSTANT = [f"{name} (constant)" for name in DECAYING]  # cells.py sets the rate
 FINDER = "cosine (Lightning finder)"
-META_POINTS = [
-    _learned(f"MLR-SNet (learning, {point}, T_val {t_val})", meta_point=point, t_val=t_val)
-    for point in ("lookahead", "average")
-    for t_val in ("3", "10", "30", "100")
+PLAIN = [  # rivals with their usual settings
+    "fixed", "multistep", "exponential", *DECAYING, "sgdr", "onecycle", "plateau", "greedy", "hd", "rtho", "l4mom",
+    "l4adam", "schedule-free", "dadaptation",
 ]
-
-METHODS: dict[str, Method] = {method.name: method for method in [
-    _learned("MLR-SNet (learning)"),
-    *META_POINTS,
+FLAGS: dict[str, str] = {  # name -> script and flags
+    "MLR-SNet (learning)": "meta-train",
+    **{f"MLR-SNet (learning, {point}, T_val {t_val})": f"meta-train meta-point={point} t-val={t_val}"
+       for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)},
     # Twice the γ that the loss gives: for ten classes, and for about a hundred characters.
-    _learned("MLR-SNet (learning, average, T_val 10, gamma 1.34)", meta_point="average", t_val="10", gamma="1.34"),
-    _learned("MLR-SNet (learning, average, T_val 10, gamma 17)", meta_point="average", t_val="10", gamma="17"),
-    _transferred("MLR-SNet (transferred)"),
+    "MLR-SNet (learning, average, T_val 10, gamma 1.34)": "meta-train meta-point=average t-val=10 gamma=1.34",
+    "MLR-SNet (learning, average, T_val 10, gamma 17)": "meta-train meta-point=average t-val=10 gamma=17",
+    "MLR-SNet (transferred)": "meta-test schedule=mlr-snet",
     # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
-    _transferred("MLR-SNet (transferred, gamma 0.067)", gamma="0.067"),
-    _transferred("MLR-SNet (transferred, average net)", nets="average"),
-    _transferred("MLR-SNet (transferred, measured)", gamma="measured"),
-    _transferred("MLR-SNet (transferred, average net, measured)", nets="average", gamma="measured"),
-    _rival("fixed"),
-    _rival("fixed (measured)", "fixed", lr="measured"),
-    _rival("fixed 0.4", "fixed", lr="0.4"),
-    _rival("fixed 5", "fixed", lr="5"),
-    _rival("multistep"),
-    _rival("multistep (measured)", "multistep", lr="measured"),
-    _rival("exponential"),
-    *(_rival(name) for name in DECAYING),
-    *(_rival(f"{name} (measured)", name, lr="measured") for name in DECAYING),
-    *(_rival(f"{name} (constant)", name) for name in DECAYING),
-    *(_rival(name, "cosine", lr=f"{peak:g}") for name, peak in GRID.items()),
-    _rival("cosine 0.5", "cosine", lr="0.5"),
-    _rival(FINDER, "cosine", lr="lightning"),
-    _rival("sgdr"),
-    _rival("onecycle"),
-    _rival("adam", "fixed", optimizer="adam"),
-    _rival("sgd+val", "val"),
-    _rival("adam+val", "val", optimizer="adam"),
-    _rival("plateau"),
-    _rival("greedy"),
-    _rival("hd"),
-    _rival("hd-adam", "hd", optimizer="adam"),
-    _rival("rtho"),
-    _rival("l4mom"),
-    _rival("l4adam"),
-    _rival("schedule-free"),
-    _rival("schedule-free-adamw", "schedule-free", optimizer="adamw"),
-    _rival("prodigy", optimizer="adam"),
-    _rival("dadaptation"),
-]}
+    "MLR-SNet (transferred, gamma 0.067)": "meta-test schedule=mlr-snet gamma=0.067",
+    "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=average",
+    "MLR-SNet (transferred, measured)": "meta-test schedule=mlr-snet gamma=measured",
+    "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=average gamma=measured",
+    **{name: f"meta-test schedule={name}" for name in PLAIN},
+    **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
+    **{f"{name} (constant)": f"meta-test schedule={name}" for name in DECAYING},
+    **{name: f"meta-test schedule=cosine lr={peak:g}" for name, peak in GRID.items()},
+    "fixed 0.4": "meta-test schedule=fixed lr=0.4",
+    "fixed 5": "meta-test schedule=fixed lr=5",
+    "cosine 0.5": "meta-test schedule=cosine lr=0.5",
+    FINDER: "meta-test schedule=cosine lr=lightning",
+    "adam": "meta-test schedule=fixed optimizer=adam",
+    "sgd+val": "meta-test schedule=val",
+    "adam+val": "meta-test schedule=val optimizer=adam",
+    "hd-adam": "meta-test schedule=hd optimizer=adam",
+    "schedule-free-adamw": "meta-test schedule=schedule-free optimizer=adamw",
+    "prodigy": "meta-test schedule=prodigy optimizer=adam",
+}
+METHODS = {name: Method(name, *_parsed(text)) for name, text in FLAGS.items()}
+META_POINTS = [method for method in METHODS.values() if method.flags.keys() == {"meta-point", "t-val"}]

@@ -25,9 +25,10 @@ def test_c_is_fitted_to_the_smallest_error():
     assert calibrate.fitted(calibrate.RULES["c per optimizer"], cases) == pytest.approx(1.0)
 
 
-def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys):
-    arguments = ["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "digits8", "--longest", "100",
-                 "--trace-seeds", "1", "--judge-seeds", "1"]
+def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "TRACE_SEEDS", 1)
+    monkeypatch.setattr(calibrate, "JUDGE_SEEDS", 1)
+    arguments = ["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "digits8"]
     assert calibrate.main(arguments) == 0
     before = (tmp_path / "out" / "runs.jsonl").read_bytes()
     page = (tmp_path / "out" / "README.md").read_text()
@@ -35,7 +36,7 @@ def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys):
     assert (tmp_path / "out" / "runs.jsonl").read_bytes() == before
     assert all(f"| {name} | " in page for name in calibrate.RULES)
     rows = read_csv(tmp_path / "out" / "table.csv")
-    assert [row["steps"] for row in rows] == ["100", "100"]
+    assert [row["steps"] for row in rows] == ["300", "100", "100", "300"]
     assert read_jsonl(tmp_path / "out" / "runs.jsonl")[0]["study"] == "calibrate"
 
 

@@ -41,10 +41,11 @@ from studies.calibration_problems import (
     Training,
     load_data,
 )
-from training.command_line import number, user_errors
+from training.command_line import user_errors
 from training.folder import provenance
 
 TRIAL_STEPS = 15
+TRACE_SEEDS, JUDGE_SEEDS = 5, 10  # whole runs have one
 OCTAVES = range(-5, 7)  # of the trials' peaks, above the usual rate
 FACTORS = [octave / 10 for octave in range(-25, 11)]  # of log2 c, from which c is fitted
 KEY = ("problem", "kind", "steps", "octave", "seed")  # what tells the lines of runs.jsonl apart
@@ -113,33 +114,32 @@ def best_octave(scores: dict[int, float]) -> int:
     return min(scores, key=lambda octave: (scores[octave], octave))
 
 
-def run_grid(problem: Problem, data: Data, num_steps: int, seeds: int, cache: Cache) -> None:
+def run_grid(problem: Problem, data: Data, num_steps: int, cache: Cache) -> None:
     """Cosines from usual · 2^k for k = -2 … 2, and on until the best is two places from either end."""
     scores: dict[int, float] = {}
     wanted = set(range(-2, 3))
     while wanted:
         for octave in sorted(wanted):
             peak = problem.usual * 2.0**octave
-            rows = [cache.get((problem.name, "cosine", num_steps, octave, seed), final, problem, data, seed, peak,
-                              num_steps) for seed in range(seeds)]
-            scores[octave] = statistics.fmean(score(problem, row) for row in rows)
+            key = (problem.name, "cosine", num_steps, octave, 0)
+            scores[octave] = score(problem, cache.get(key, final, problem, data, 0, peak, num_steps))
         best = best_octave(scores)
         wanted = {k for k in range(best - 2, best + 3) if k not in scores and -9 <= k <= 9}
 
 
-def run_traces(problem: Problem, data: Data, seeds: int, cache: Cache) -> None:
+def run_traces(problem: Problem, data: Data, cache: Cache) -> None:
     """A range test around the usual rate, and short cosines from usual · 2^k: the losses of their steps."""
     usual = problem.usual
     plans = {("range", RANGE_STEPS, 0): sweep(usual / 1000, usual * 100)}
     plans |= {("trial", TRIAL_STEPS, octave): cosine(usual * 2.0**octave, TRIAL_STEPS) for octave in OCTAVES}
-    for seed in range(seeds):
+    for seed in range(TRACE_SEEDS):
         training = Training(problem, data, 100 + seed)
         for stream, (plan, rates) in enumerate(plans.items(), start=2):  # the streams of the recorded traces
             cache.get((problem.name, *plan, seed), trace, training, rates, stream)
 
 
-def run_measure(problem: Problem, data: Data, num_steps: int, seeds: int, cache: Cache) -> None:
-    for seed in range(500, 500 + seeds):
+def run_measure(problem: Problem, data: Data, num_steps: int, cache: Cache) -> None:
+    for seed in range(500, 500 + JUDGE_SEEDS):
         cache.get((problem.name, "measured", num_steps, 0, seed), measure, problem, data, seed, num_steps)
 
 
@@ -249,18 +249,14 @@ def estimates_of(name: str, cases: list[Case]) -> list[Estimate]:
     return estimates
 
 
-def collect(cache: Cache, longest: int) -> list[Case]:
+def collect(cache: Cache) -> list[Case]:
     """Every problem, length and seed whose runs and traces are all there."""
     rows = {kind: [row for row in cache.rows.values() if row["kind"] == kind] for kind in ("cosine", "range", "trial")}
     cases = []
     for problem in PROBLEMS:
         own = {kind: [row for row in some if row["problem"] == problem.name] for kind, some in rows.items()}
-        for num_steps in [length for length in problem.lengths if length <= longest]:
-            found: dict[int, list[float]] = {}
-            for row in own["cosine"]:
-                if row["steps"] == num_steps:
-                    found.setdefault(row["octave"], []).append(score(problem, row))
-            scores = {octave: statistics.fmean(found[octave]) for octave in sorted(found)}
+        for num_steps in problem.lengths:
+            scores = {row["octave"]: score(problem, row) for row in own["cosine"] if row["steps"] == num_steps}
             if not scores or not set(range(best_octave(scores) - 2, best_octave(scores) + 3)) <= scores.keys():
                 continue
             for test in own["range"]:
@@ -309,7 +305,7 @@ def judge(targets: dict[tuple[str, int], Case], cache: Cache) -> tuple[list[Esti
 def render(folder: Path) -> None:
     """table.csv and the page, from runs.jsonl."""
     cache = Cache(folder / "runs.jsonl")
-    cases = collect(cache, cache.header["arguments"]["longest"])
+    cases = collect(cache)
     targets = {(case.problem.name, case.num_steps): case for case in cases}
     judged, rows = judge(targets, cache)
     write_csv(folder / "table.csv", list(rows[0]), rows)
@@ -337,13 +333,9 @@ def render(folder: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, positive = parser.add_argument, number(int, 1)
+    add = parser.add_argument
     add("--data-root", type=Path, required=True, help="folder with cifar10 and the texts")
     add("--out", type=Path, default=SCRIPT.parents[1] / "results" / "calibration", help="folder of the result")
-    add("--seeds", type=positive, default=1, help="seeds of every run (default: 1)")
-    add("--trace-seeds", type=positive, default=5, help="seeds of every trace (default: 5)")
-    add("--judge-seeds", type=positive, default=10, help="seeds of measure_lr_scale (default: 10)")
-    add("--longest", type=positive, default=3000, help="steps of the longest runs (default: 3000)")
     add("--only", default="", help="problems whose name contains this (default: all)")
     return parser.parse_args(argv)
 
@@ -363,10 +355,10 @@ def main(argv: list[str] | None = None) -> int:
             key = problem.data, problem.size
             if key not in loaded:
                 loaded[key] = load_data(args.data_root, *key)
-            run_traces(problem, loaded[key], args.trace_seeds, cache)
-            for num_steps in (length for length in problem.lengths if length <= args.longest):
-                run_grid(problem, loaded[key], num_steps, args.seeds, cache)
-                run_measure(problem, loaded[key], num_steps, args.judge_seeds, cache)
+            run_traces(problem, loaded[key], cache)
+            for num_steps in problem.lengths:
+                run_grid(problem, loaded[key], num_steps, cache)
+                run_measure(problem, loaded[key], num_steps, cache)
             print(problem.name, flush=True)
         render(args.out)
     return 0
