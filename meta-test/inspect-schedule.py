@@ -18,7 +18,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules
 from training.arguments import net_files
-from training.command_line import number, number_or, user_errors
+from training.command_line import number, number_or, show_safely, user_errors
 
 LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
 SETTLED = 500  # steps at one loss after which the LSTM state no longer moves
@@ -161,4 +161,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())

@@ -21,7 +21,7 @@ from training.arguments import (
     parse_run_arguments,
 )
 from training.building import average_of, network_of, start, task_of
-from training.command_line import Parser, number, number_or, user_errors
+from training.command_line import Parser, number, number_or, show_safely, user_errors
 from training.measuring import chosen_gamma, measure
 from training.trainer import Trainer
 from utils import build_optimizer
@@ -121,4 +121,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())

@@ -12,7 +12,7 @@ from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, lookahead
 from training.arguments import add_gamma, add_run_arguments, add_task_arguments, parse_run_arguments
 from training.building import average_of, network_of, start, task_of
-from training.command_line import Parser, number, number_or, user_errors
+from training.command_line import Parser, number, number_or, show_safely, user_errors
 from training.measuring import chosen_gamma
 from training.trainer import Trainer
 from utils import build_optimizer, built_within_memory, save
@@ -73,4 +73,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())

@@ -26,7 +26,7 @@ from runs import collect, read, write
 from specs import TABLES
 from writing import write_index
 
-from training.command_line import Parser, folder, number, user_errors
+from training.command_line import Parser, folder, number, show_safely, user_errors
 from training.folder import FolderLock
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
@@ -208,4 +208,5 @@ def run_table(args: argparse.Namespace, command: str) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())

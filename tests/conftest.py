@@ -22,3 +22,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of meta-train, with seed 5. Tests copy it."""
+    from faults import TRAIN, fork
+    from test_scripts import META_TRAIN
+
+    folder = tmp_path_factory.mktemp("faults") / "finished"
+    process = fork(META_TRAIN, [*TRAIN, "--seed", "5", "--out", folder])
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    return folder

@@ -17,7 +17,6 @@ import utils
 from utils import shard
 
 
-
 def start(*command, ranks=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [*launcher, str(ranks), *map(str, command)]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import io
 import math
 import os
 import re
@@ -117,6 +118,46 @@ def user_errors(args: argparse.Namespace | None = None) -> Iterator[None]:
         if _is_first_rank():
             print(f"{Path(sys.argv[0]).name}: error: {errors[0]}", file=sys.stderr)
         sys.exit(2)
+
+
+class _Unfailing(io.RawIOBase):
+    """Takes all that it is given: what its stream cannot write is lost."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def write(self, content: Any) -> int:
+        try:
+            written = self.stream.write(content)
+        except OSError:
+            written = None
+        return len(content) if written is None else written
+
+
+def show_safely() -> None:
+    """For this process: what is only shown never ends it.
+
+    A closed, full or broken stdout or stderr loses what is written to it; letters that a terminal lacks are escaped.
+    """
+    while os.open(os.devnull, os.O_RDWR) < 3:  # else a file could take the place of a closed stderr, where torch writes
+        pass
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream:
+            raw, encoding = getattr(stream.buffer, "raw", stream.buffer), stream.encoding
+        else:
+            raw, encoding = open(os.devnull, "wb", buffering=0), "utf-8"
+        buffer = io.BufferedWriter(_Unfailing(raw))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

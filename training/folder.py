@@ -1,4 +1,4 @@
-"""What lies in a run's folder: metrics, cost, log, checkpoint, lock, and the provenance of the run."""
+"""What lies in a run's folder: metrics, cost, checkpoint, lock, and the provenance of the run."""
 
 import argparse
 import csv
@@ -10,7 +10,6 @@ import re
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from utils import (
     COSTS,
@@ -139,37 +136,6 @@ class Cost:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts = dict(state)
-
-
-class Log:
-    """What a run shows on rank 0: a progress bar, a line per epoch, TensorBoard events."""
-
-    def __init__(self, folder: Path, num_steps: int, done: int):
-        self.excepthook = threading.excepthook
-        threading.excepthook = lambda _: None  # TensorBoard's thread raises its error again in this one
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1) if rank() == 0 else None
-        self.bar = tqdm(total=num_steps, initial=done, disable=True if rank() else None, leave=False)
-
-    def step(self, number: int, loss: float, accuracy: float, lr: float) -> None:
-        if self.writer:
-            self.writer.add_scalar("step/loss", loss, number)
-            self.writer.add_scalar("step/lr", lr, number)
-            self.bar.update()
-            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
-
-    def epoch(self, row: dict[str, float]) -> None:
-        if self.writer:
-            for name, value in row.items():
-                self.writer.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
-            self.bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-    def close(self) -> None:
-        self.bar.close()
-        try:
-            if self.writer:
-                self.writer.close()
-        finally:
-            threading.excepthook = self.excepthook
 
 
 class Checkpoint:

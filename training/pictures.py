@@ -53,7 +53,7 @@ def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
         panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
         for panel in panels:
             panel.xaxis.get_major_locator().set_params(integer=True)
-        figure.suptitle(path.parent.name, parse_math=False)
+        figure.suptitle(path.parent.name.encode(errors="replace").decode(), parse_math=False)
         return figure
 
     write_picture(path, draw)

@@ -23,7 +23,8 @@ from mlr_snet import Schedule, Step, train
 from training.arguments import refuse_used
 from training.averaging import Average, evaluating
 from training.command_line import is_out_of_memory
-from training.folder import Checkpoint, Cost, FolderLock, Log, Metrics, contents, provenance
+from training.folder import Checkpoint, Cost, FolderLock, Metrics, contents, provenance
+from training.log import Log
 from training.measuring import Measurement
 from training.pictures import draw_run
 from utils import (
@@ -170,8 +171,8 @@ class Trainer:
             self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
             return 128 + stop_signal
         self._write_metrics()
-        draw_run(self.args.out / "run.png", self.metrics.rows)
         self._save_networks()
+        draw_run(self.args.out / "run.png", self.metrics.rows)
         return 0
 
     def _failure(self, error: Exception) -> str:
@@ -235,7 +236,7 @@ class Trainer:
             self.log.step(step.number, loss, accuracies[0], lr)
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluate, log, and write metrics and checkpoint."""
+        """Evaluate, write metrics and checkpoint, and log."""
         means = self.metrics.means()
         lr = means.pop("lr")
         with self.cost.paused():
@@ -244,10 +245,11 @@ class Trainer:
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.step}, the last one of epoch {epoch}")
         self._check_finite()
-        self.log.epoch(self.metrics.end_epoch({"epoch": epoch, "lr": lr, **results}))
+        row = self.metrics.end_epoch({"epoch": epoch, "lr": lr, **results})
         self.after_epoch(epoch)
         self._write_metrics()
         self._save_checkpoint()
+        self.log.epoch(row)
 
     def _evaluate(self, means: dict[str, float]) -> dict[str, float]:
         """The columns of the epoch with these means of the training loss and accuracies (%)."""

@@ -1,0 +1,107 @@
+"""A run's folder: it harms no file of the user."""
+
+import os
+import shutil
+import sys
+
+import pytest
+from faults import TRAIN, tree
+from test_scripts import META_TEST, META_TRAIN, call
+
+from training.folder import FolderLock
+from utils import write_atomically
+
+
+@pytest.mark.parametrize("name", [
+    "mlr_snet_200.pth", "network.pth", "network_average.pth", "run.png", "cost.json", "lr_scale.json", "notes.txt",
+    "events.out.tfevents.1", ".hidden", "network.pth.tmp",
+])
+def test_a_new_run_refuses_a_folder_in_which_files_lie(name, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("the user's")
+    done = call(capsys, META_TRAIN, *TRAIN, "--gamma", "measured", "--average", "--out", out)
+    assert done.returncode == 2 and name in done.stderr and "give a new folder" in done.stderr
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "the user's")]
+
+
+def test_the_folder_of_the_shipped_nets_is_refused(tmp_path, capsys):
+    shutil.copytree(META_TEST.parent, tmp_path / "meta-test", ignore=shutil.ignore_patterns("result"))
+    before = tree(tmp_path)
+    done = call(capsys, META_TRAIN, *TRAIN, "--out", tmp_path / "meta-test")
+    assert done.returncode == 2 and tree(tmp_path) == before
+    done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path / "meta-test")
+    assert done.returncode == 2 and "no run in" in done.stderr and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run.png", "cost.json", "notes.txt"])
+def test_a_resumed_run_without_a_checkpoint_overwrites_nothing(finished, tmp_path, capsys, name):
+    shutil.copy(finished / "args.json", tmp_path)
+    (tmp_path / name).write_text("the user's")
+    before = tree(tmp_path)
+    done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path)
+    assert done.returncode == 2 and f"missing beside {name}" in done.stderr and tree(tmp_path) == before
+
+
+LOCKS = {
+    "symbolic link": lambda lock, precious: lock.symlink_to(precious),
+    "hard link": lambda lock, precious: lock.hardlink_to(precious),
+    "file": lambda lock, precious: lock.write_text("notes"),
+    "process id of another program": lambda lock, precious: lock.write_text("12\n"),
+    "folder": lambda lock, precious: lock.mkdir(),
+    "pipe": lambda lock, precious: os.mkfifo(lock),
+}
+
+
+@pytest.mark.parametrize("kind", LOCKS)
+def test_a_lock_that_is_not_ours_is_refused_and_kept(kind, tmp_path):
+    precious, lock = tmp_path / "precious", tmp_path / "run" / ".lock"
+    precious.write_text("the user's")
+    lock.parent.mkdir()
+    LOCKS[kind](lock, precious)
+    before = lock.read_bytes() if lock.is_file() else None
+    with pytest.raises((ValueError, OSError), match=r"\.lock.*give another --out"):
+        FolderLock(lock.parent).acquire()
+    assert precious.read_text() == "the user's" and (lock.read_bytes() if lock.is_file() else None) == before
+
+
+@pytest.mark.parametrize("words", [[], ["a command", "of two\nlines"], ["not UTF-8: \udcff"]])
+def test_a_lock_of_ours_is_taken_again(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", words)
+    for _ in range(2):
+        with FolderLock(tmp_path):
+            assert (tmp_path / ".lock").read_bytes().startswith(f"{os.getpid()} ".encode())
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth.tmp", "metrics.csv.tmp", "run.png.tmp", "network.pth", "run.png"])
+def test_a_resumed_run_writes_through_no_link(finished, tmp_path, capsys, name):
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("the user's")
+    shutil.copytree(finished, folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(precious)
+    done = call(capsys, META_TRAIN, "--resume", "--out", folder)
+    assert done.returncode == 0 and precious.read_text() == "the user's", done.stderr
+    assert (folder / name).is_symlink() == name.endswith(".tmp")
+
+
+def test_a_temporary_file_is_never_one_that_exists(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda number: "0")
+    (tmp_path / "precious").write_text("the user's")
+    (tmp_path / ".mlr-snet-0.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="could not be written"):
+        write_atomically(tmp_path / "file", b"ours")
+    assert (tmp_path / "precious").read_text() == "the user's" and not (tmp_path / "file").exists()
+
+
+def test_a_run_removes_what_a_killed_one_left_half_written_and_nothing_else(finished, tmp_path, capsys):
+    new, resumed = tmp_path / "new", tmp_path / "resumed"
+    new.mkdir()
+    shutil.copytree(finished, resumed)
+    for folder in (new, resumed):
+        (folder / ".lock").write_text("1 meta-train.py")
+        (folder / ".mlr-snet-0123456789abcdef.tmp").write_text("half of it")
+    (resumed / "notes.tmp").write_text("the user's")
+    assert call(capsys, META_TRAIN, *TRAIN, "--out", new).returncode == 0
+    assert call(capsys, META_TRAIN, "--resume", "--out", resumed).returncode == 0
+    assert [path.name for path in (*new.glob("*.tmp"), *resumed.glob("*.tmp"))] == ["notes.tmp"]
