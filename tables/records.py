@@ -145,5 +145,7 @@ def leading(ranked: Sequence[str], first: Sequence[str], most: int) -> list[str]
 
 
 def unit_of(records: list[Record]) -> str:
-    is_text = any(record.get("metric") == "test_ppl" for record in records)
-    return "test perplexity" if is_text else "test accuracy (%)"
+    metrics = {record["metric"] for record in records if "metric" in record}
+    if len(metrics) > 1:
+        return "test accuracy (%) or perplexity"
+    return "test perplexity" if metrics == {"test_ppl"} else "test accuracy (%)"

@@ -58,7 +58,8 @@ def write_page(
     Each of the facts has a run's "commit", "hardware" and "versions".
     """
     reading = {"title": title, "question": question, "reading": "", "note": ""}
-    reading |= read_toml("readings.toml").get(folder.name, {})
+    if folder.parent.name == "results":  # not a new run of the same table, of which it may not be true
+        reading |= read_toml("readings.toml").get(folder.name, {})
     lines = [f"# {reading['title']}", "", f"*{reading['question']}*", ""]
     lines += [reading["reading"], ""] if reading["reading"] else []
     lines += [*body, "```sh", command, "```", ""]

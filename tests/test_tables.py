@@ -297,7 +297,7 @@ def test_the_scripts_accept_every_run_of_a_table_at_home(tables, tmp_path, name)
 
 
 def result_of(folder, runs, **header):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write(folder, {"table": "own", "command": "python …", "target": None, "highlight": [], **header}, runs)
     render(folder)
     return (folder / "README.md").read_text()
@@ -326,6 +326,19 @@ def test_the_lines_of_a_table_stand_side_by_side_with_the_papers_numbers(tmp_pat
     assert "| fixed | 50.00 (paper: ~87.0) | 60.00 (paper: ~87.2) |" in page
 
 
+def test_a_page_of_images_and_text_says_both_units(tmp_path):
+    text = run_of("fixed", 0, [{"test_ppl": 50, "seconds": 1.0}] * 2, network="gpt", dataset="pydoc")
+    page = result_of(tmp_path, [run_of("fixed", 0, accuracies(40, 50)), text])
+    assert "Test accuracy (%) or perplexity after the last epoch:" in page and "| fixed | 50.00 | 50.00 |" in page
+
+
+def test_a_new_run_of_a_table_does_not_get_the_reading_of_the_committed_one(tmp_path):
+    reading = read_toml("readings.toml")["first-desk"]["reading"]
+    runs = [run_of("fixed", 0, accuracies(1, 2))]
+    pages = [result_of(tmp_path / parent / "first-desk", runs, table="first") for parent in ("result", "results")]
+    assert [reading in page for page in pages] == [False, True]
+
+
 def test_a_result_is_read_as_it_was_written(tmp_path):
     runs = [run_of("fixed", 0, accuracies(50, 60)), run_of("cosine (measured)", 1, [], scale=0.1)]
     write(tmp_path, {"table": "own"}, runs)
@@ -347,7 +360,7 @@ def test_a_run_has_its_share_of_the_cores_unless_the_environment_says_otherwise(
     else pytest.param(folder, marks=pytest.mark.slow) for folder in RESULTS
 ], ids=lambda folder: folder.name)
 def test_a_committed_page_follows_from_its_runs_and_metrics(tmp_path, result):
-    copy = tmp_path / result.name
+    copy = tmp_path / "results" / result.name
     shutil.copytree(result, copy, ignore=shutil.ignore_patterns("README.md", "table.csv", "*.png"))
     render(copy)
     for name in ("README.md", "table.csv"):
