@@ -17,12 +17,10 @@ def mlr_snet(path: str | Path | None = None, hidden_size: int = 50, num_layers: 
 
 def mlr_snet_lr(
     optimizer: Optimizer,
-    num_classes: int,
-    num_epochs: int,
-    steps_per_epoch: int,
-    nets: str | Sequence[str | Path] = "shipped",
+    num_steps: int,
+    nets: str | Sequence[str | Path] = "recommended",
     **options: object,
 ) -> _mlr_snet.MLRSNetLR:
-    """The scheduler around an optimizer, with the nets that load_schedules takes (default: the shipped three)."""
+    """The scheduler around an optimizer, with the nets that load_schedules takes; options are MLRSNetLR's."""
     schedules = _mlr_snet.load_schedules(nets)
-    return _mlr_snet.MLRSNetLR(optimizer, schedules, num_classes, num_epochs, steps_per_epoch, **options)  # type: ignore
+    return _mlr_snet.MLRSNetLR(optimizer, schedules, num_steps, **options)  # type: ignore

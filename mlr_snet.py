@@ -1,29 +1,31 @@
 """MLR-SNet: a small LSTM reads the training loss of every step and returns that step's learning rate.
 
-    lr_t = γ · A(ℓ_t; θ)                            MLRSNet (A), lr_scale (γ), MLRSNetLR
+    lr_t = γ · A(ℓ_t; θ) · e(t)                     MLRSNet (A), lr_scale (γ), MLRSNetLR (e, warm-up and cool-down)
     w_{t+1} = w_t − lr_t · d_t                      update_directions (d_t), train (the loop)
-    ŵ(θ) = w_t − γ · A(ℓ_t; θ) · d_t                lookahead
+    ŵ(θ) = w_t − lr_t · d_t                         lookahead
     ∂L_meta(ŵ)/∂lr = −⟨∇L_meta(ŵ), d_t⟩             hypergradient
-    θ_{t+1} = Adam(θ_t, ∂L_meta/∂lr · γ · ∂A/∂θ)    MetaMLRSNetLR
+    θ_{t+1} = Adam(θ_t, ∂L_meta/∂lr · ∂lr/∂θ)       MetaMLRSNetLR
 
 Symbols: ℓ_t mini-batch training loss; w weights of the task network; θ weights of MLR-SNet; γ the LR scale (gamma);
 A in (0, 1) the fraction; d_t the base optimizer's update per unit of learning rate. d_t does not depend on θ, so the
 hypergradient is exact without a second-order graph.
 
-This file needs torch alone. To use a schedule in your own training loop, copy it and see MLRSNetLR; to learn one, see
+This file needs torch only. To use a schedule in your own training loop, copy it and see MLRSNetLR; to learn one, see
 MetaMLRSNetLR. Under torch.distributed every rank calls the same methods with its own loss.
 
 Source: Shu, Zhu, Zhao, Meng, Xu, "MLR-SNet: Transferable LR Schedules for Heterogeneous Tasks", TPAMI 2022.
 """
 
+import bisect
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,22 +37,24 @@ from torch.utils.hooks import RemovableHandle
 
 # ---------------------------------------------------------------------------------------------- the net, A(·; θ)
 
+FORMS = ("images", "text")  # of the net, as in the authors' two scripts
+
 
 class LSTMCell(nn.Module):
     """One LSTM step whose input and hidden maps are Linear–ReLU–Linear. Source: the authors' module.py, MLRSNetCell."""
 
-    def __init__(self, num_inputs: int, hidden_size: int):
+    def __init__(self, num_inputs: int, hidden_size: int, form: str):
         super().__init__()
+        width = hidden_size if form == "text" else hidden_size // 2
 
-        def perceptron(width: int) -> nn.Sequential:
-            half = hidden_size // 2
-            return nn.Sequential(nn.Linear(width, half), nn.ReLU(), nn.Linear(half, 4 * hidden_size))
+        def perceptron(inputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 4 * hidden_size))
 
         self.fc_i2h = perceptron(num_inputs)
         self.fc_h2h = perceptron(hidden_size)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.uniform_(module.weight, -0.1, 0.1)
+        if form == "text":
+            for linear in (*self.fc_i2h[::2], *self.fc_h2h[::2]):
+                nn.init.uniform_(linear.weight, -0.1, 0.1)
 
     def forward(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (features,), hidden and cell (hidden_size,) -> the next hidden and cell."""
@@ -65,16 +69,20 @@ class LSTMCell(nn.Module):
 class MLRSNet(nn.Module):
     """The learned schedule: an LSTM from the training loss to the fraction of the LR scale, in (0, 1).
 
-    Its state_dict has the layout of the authors' checkpoints. Raises ValueError for a hidden size below 2 or no layer.
+    form "images": perceptrons of half the hidden size, torch's default initialisation. form "text": as wide as the
+    hidden size, weights from U(−0.1, 0.1). The state_dict has the layout of the authors' checkpoints. Raises ValueError
+    for another form, a hidden size below 2 or no layer.
     """
 
-    def __init__(self, hidden_size: int = 50, num_layers: int = 1):
+    def __init__(self, hidden_size: int = 50, num_layers: int = 1, form: str = "images"):
         super().__init__()
         if hidden_size < 2 or num_layers < 1:
             raise ValueError(f"hidden size {hidden_size} and {num_layers} layers: need at least 2 and 1")
+        if form not in FORMS:
+            raise ValueError(f"form {form!r}: choose from {', '.join(FORMS)}")
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        self.layer1 = LSTMCell(1, hidden_size)
-        self.layer2 = nn.ModuleList(LSTMCell(hidden_size, hidden_size) for _ in range(num_layers - 1))
+        self.layer1 = LSTMCell(1, hidden_size, form)
+        self.layer2 = nn.ModuleList(LSTMCell(hidden_size, hidden_size, form) for _ in range(num_layers - 1))
         self.layer3 = nn.Linear(hidden_size, 1)
 
     def initial_state(self) -> Tensor:
@@ -92,7 +100,7 @@ class MLRSNet(nn.Module):
 
 
 def load_schedule(path: str | Path) -> MLRSNet:
-    """An MLR-SNet from a .pth file, the authors' or ours, on the CPU.
+    """An MLR-SNet from a .pth file, the authors' or ours, on the CPU; the shapes tell its form.
 
     Raises ValueError when the file is missing, damaged, not an MLR-SNet, or would run code.
     """
@@ -104,7 +112,8 @@ def load_schedule(path: str | Path) -> MLRSNet:
         raise ValueError(f"{path}: not a readable file of weights ({type(error).__name__})") from None
     try:
         layers = {key.split(".")[1] for key in weights if key.startswith("layer2.")}
-        net = MLRSNet(weights["layer3.weight"].shape[1], 1 + len(layers))
+        width, hidden_size = len(weights["layer1.fc_i2h.0.bias"]), weights["layer3.weight"].shape[1]
+        net = MLRSNet(hidden_size, 1 + len(layers), "text" if width == hidden_size else "images")
         net.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError):
         raise ValueError(f"{path}: not an MLR-SNet; expected layer1.fc_i2h.0.weight … layer3.bias") from None
@@ -113,15 +122,19 @@ def load_schedule(path: str | Path) -> MLRSNet:
     return net
 
 
-# Learned on CIFAR-10 images, after 1/200, 1/2 and all of a run; and one net learned at averaged weights.
+# Learned on CIFAR-10 images: one net at averaged weights; and three as in the paper, after 1/200, 1/2 and all of a run.
 SHIPPED = {
-    "shipped": ("mlr_snet_1.pth", "mlr_snet_100.pth", "mlr_snet_200.pth"),
-    "average": ("mlr_snet_average.pth",),
+    "recommended": ("mlr_snet_average.pth",),
+    "paper": ("mlr_snet_1.pth", "mlr_snet_100.pth", "mlr_snet_200.pth"),
 }
 
 
-def load_schedules(nets: str | Sequence[str | Path] = "shipped") -> list[MLRSNet]:
-    """The nets of several files, or shipped ones by their name, "shipped" or "average". ValueError as load_schedule."""
+def load_schedules(nets: str | Sequence[str | Path] = "recommended") -> list[MLRSNet]:
+    """The nets of several files, or the shipped ones of that name, "recommended" or "paper".
+
+    Raises ValueError as load_schedule does, and where the shipped nets are not found: they lie in `meta-test` of a
+    clone, in the wheel, or in a folder `mlr_snet_nets` beside a copy of this file.
+    """
     if not isinstance(nets, str):
         return [load_schedule(path) for path in nets]
     if nets not in SHIPPED:
@@ -131,7 +144,10 @@ def load_schedules(nets: str | Sequence[str | Path] = "shipped") -> list[MLRSNet
     if not folder.is_dir():
         folder = here / "meta-test"  # where a clone has them
     if not folder.is_dir():
-        raise ValueError(f"the shipped nets are not beside {__file__}; give the paths of .pth files")
+        raise ValueError(
+            f"the shipped nets are not beside {__file__}: copy the .pth files of meta-test to "
+            f"{here / 'mlr_snet_nets'}, or give the paths of .pth files"
+        )
     return [load_schedule(folder / name) for name in SHIPPED[nets]]
 
 
@@ -139,17 +155,21 @@ def load_schedules(nets: str | Sequence[str | Path] = "shipped") -> list[MLRSNet
 
 
 def lr_scale(loss: float, num_classes: int) -> float:
-    """γ, the largest rate a schedule may give: √L · max(ln(L·C), 1) / C^¼ / 4.
+    """γ, the largest rate a schedule may give: √L · max(|ln(L·C)|, 1) / C^¼ / 4.
 
     loss is the mean training loss L (language models: the perplexity), num_classes is C (the size of the vocabulary).
     Raises ValueError where L is not positive and finite, or C is not a whole number of at least 1.
-    Source: the authors' meta_train.py.
+    Source: the authors' meta_train.py and meta_test.py.
     """
-    _check_num_classes(num_classes)
+    _check_count("num_classes", num_classes)
     if not (math.isfinite(loss) and loss > 0):
-        raise ValueError(f"the LR scale needs a positive and finite loss, got {loss}")
+        raise ValueError(f"the formula of the LR scale needs a positive and finite loss, got {loss}; {_GIVE_A_NUMBER}")
     # Deviation: the floor of 1. Without it γ crosses zero at L = 1/C and training stops there.
-    return math.sqrt(loss) * max(math.log(loss * num_classes), 1.0) / num_classes**0.25 / 4
+    return math.sqrt(loss) * max(abs(math.log(loss * num_classes)), 1.0) / num_classes**0.25 / 4
+
+
+_GIVE_A_NUMBER = "give gamma as a number, twice the peak rate that you would use"
+LARGEST_LOSS = 100.0  # nats; no cross-entropy of a network that can still learn is above
 
 
 def has_paper_scale(optimizer: Optimizer) -> bool:
@@ -157,15 +177,17 @@ def has_paper_scale(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
 
 
-def _check_num_classes(num_classes: int, least: int = 1) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < least:
-        raise ValueError(f"num_classes {num_classes!r}: give a whole number of at least {least}")
+def _check_count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} {value!r}: give a whole number of at least {least}")
+    return int(value)
 
 
 # ---------------------------------------------------------------------------------------------- update directions, d_t
 
 Options = dict[str, Any]  # of a parameter group
 Moments = dict[str, Any]  # an optimizer's state of one parameter, before the step
+Ratios = Sequence[float | None]  # each group's rate per unit of the schedule's; None for one that it does not drive
 Update = dict[nn.Parameter, Callable[[Tensor], Tensor]]  # for each parameter, d_t from its value w_t
 
 
@@ -211,60 +233,59 @@ def check_affine(optimizer: Optimizer) -> None:
         raise TypeError(f"{type(optimizer).__name__} {reason}, so {_NOT_AFFINE_ADVICE}")
 
 
-def update_directions(optimizer: Optimizer) -> Update:
+def update_directions(optimizer: Optimizer, ratios: Ratios | None = None) -> Update:
     """What the optimizer's next step would subtract per unit of learning rate, from the gradients in .grad.
 
     For each parameter with a gradient, a function from its value before the step, so that a direction takes memory
-    only while it is used. Changes neither the optimizer nor the parameters. Groups keep the ratios of their initial
-    rates. An optimizer without an entry in DIRECTIONS is measured: it takes trial steps, which are undone bit for bit.
-    Raises TypeError for an update that is not affine in the rate, and for complex or sparse gradients.
+    only while it is used. Changes neither the optimizer nor the parameters. `ratios` are those of the parameter groups
+    (default: lr_ratios); a group of None is left out. An optimizer without an entry in DIRECTIONS takes trial steps,
+    which are undone bit for bit and do not run its hooks. Raises TypeError for an update that is not affine in the
+    rate, and for complex or sparse gradients.
     """
     check_affine(optimizer)
-    parameters = parameters_with_grad(optimizer)
-    for parameter in parameters:
+    ratios = lr_ratios(optimizer) if ratios is None else ratios
+    moved = {  # by parameter, its group and the group's ratio
+        parameter: (group, ratio)
+        for group, ratio in zip(optimizer.param_groups, ratios, strict=True) if ratio is not None
+        for parameter in group["params"] if parameter.grad is not None
+    }
+    for parameter in moved:
         if parameter.is_complex() or parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise TypeError("complex parameters and sparse gradients are not supported; use dense real ones")
     if type(optimizer) not in DIRECTIONS:
-        return _measured_directions(optimizer, parameters)
+        return _measured_directions(optimizer, list(moved), ratios)
+    direction, states = partial(_direction, type(optimizer)), optimizer.state
     return {
-        parameter: partial(_direction, optimizer, group, ratio, parameter)
-        for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True)
-        for parameter in group["params"] if parameter.grad is not None
+        parameter: partial(direction, group, states.get(parameter, {}), ratio, parameter.grad)
+        for parameter, (group, ratio) in moved.items()
     }
-
-
-def parameters_with_grad(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters that the optimizer's next step moves."""
-    return [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
 
 
 @torch.no_grad()
 def _direction(
-    optimizer: Optimizer, group: Options, ratio: float, parameter: nn.Parameter, weight: Tensor
+    kind: type[Optimizer], group: Options, state: Moments, ratio: float, gradient: Tensor, weight: Tensor
 ) -> Tensor:
     """A new tensor of the parameter's shape: its direction where its value is `weight`."""
-    gradient, kind = parameter.grad, type(optimizer)
-    assert gradient is not None
     if group.get("maximize"):
         gradient = -gradient
     is_decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
     if not is_decoupled:
         gradient = gradient.add(weight.detach(), alpha=group["weight_decay"])
-    direction = DIRECTIONS[kind](gradient, group, optimizer.state.get(parameter, {}))
+    direction = DIRECTIONS[kind](gradient, group, state)
     if is_decoupled:
         direction.add_(weight.detach(), alpha=group["weight_decay"])
     return direction if ratio == 1 else direction.mul_(ratio)
 
 
-def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter]) -> Update:
+def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter], ratios: Ratios) -> Update:
     """d_t = w_t − w_{t+1} at rate 1, after checking that rate 1/2 moves the weights half as far."""
     name = type(optimizer).__name__
 
     def moved(lr: float) -> list[Tensor]:
         with preserved_optimizer(optimizer) as weights, torch.no_grad():
-            set_lr(optimizer, lr)
+            set_lr(optimizer, lr, ratios)
             try:
-                optimizer.step()
+                bare_step(optimizer)
             except TypeError as error:
                 raise TypeError(f"{name}: its step() could not be measured without arguments ({error})") from error
             return [weights[parameter] - parameter.detach() for parameter in parameters]
@@ -296,14 +317,73 @@ def descend(update: Update, lr: float | Tensor) -> None:
 
 # ---------------------------------------------------------------------------------------------- the hypergradient
 
-MetaPoint = Callable[[nn.Module, Update, float | Tensor], AbstractContextManager[dict[Tensor, Tensor]]]
+
+class Average:
+    """w̄_t = β·w̄_{t−1} + (1 − β)·w_t, from w̄_0 = w_0: a running average of the weights, and one copy of them.
+
+    Call update() before every step; MetaMLRSNetLR does so in its step(). `decay` is β.
+
+    As a meta point it stands for the lookahead point: the meta gradient is taken at
+    w̄_{t+1} = β·w̄_t + (1 − β)·(w_t − lr·d_t), whose derivative in lr is −(1 − β)·d_t. Noise averages out of w̄, so only
+    what lasts counts. hypergradient leaves out the factor 1 − β, since Adam is invariant to it.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"average decay {decay}: must be at least 0 and below 1")
+        self.network, self.decay = network, decay
+        self.parameters: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.weights = [parameter.detach().clone() for parameter in self.parameters]
+
+    @staticmethod
+    def decay_for(num_steps: int) -> float:
+        """The β whose average reaches back over a twentieth of a run, between 10 and 1,000 steps."""
+        return 1 - 1 / min(max(num_steps / 20, 10), 1000)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
+        torch._foreach_lerp_(self.weights, self.parameters, 1 - self.decay)
+
+    @torch.no_grad()
+    def mix_in(self) -> None:
+        """w ← β·w̄_t + (1 − β)·w."""
+        torch._foreach_lerp_(self.parameters, self.weights, self.decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[nn.Module]:
+        """The network at the average, its present weights included, to evaluate or save it; restored on exit.
+
+        Its BatchNorm statistics are those of the live weights: measure them anew inside the block, as
+        torch.optim.swa_utils.update_bn does. They are restored, too.
+        """
+        with preserved([*self.parameters, *self.network.buffers()]):
+            self.mix_in()
+            yield self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for weight, saved in zip(self.weights, state["weights"], strict=True):
+            weight.copy_(saved)
 
 
 @contextmanager
-def lookahead(network: nn.Module, update: Update, lr: float | Tensor) -> Iterator[dict[Tensor, Tensor]]:
-    """The network at ŵ = w − lr·d inside the block; yields w by parameter. Restores w and the buffers bit for bit."""
-    with preserved([*network.parameters(), *network.buffers()]) as weights:
+def lookahead(
+    network: nn.Module, update: Update, lr: float | Tensor, rest: Update | None = None, average: Average | None = None
+) -> Iterator[dict[Tensor, Tensor]]:
+    """The network at ŵ = w − lr·d inside the block, or at the average that follows from it; yields w by parameter.
+
+    `rest` moves at rate 1. Restores what has moved and the network's buffers bit for bit.
+    """
+    rest = rest or {}
+    averaged = average.parameters if average else []
+    with preserved([*update, *rest, *averaged, *network.buffers()]) as weights:
         descend(update, lr)
+        descend(rest, 1.0)
+        if average:
+            average.mix_in()
         yield weights
 
 
@@ -312,29 +392,63 @@ def hypergradient(
     optimizer: Optimizer,
     lr: float | Tensor,
     meta_loss: Callable[[], Tensor],
-    meta_point: MetaPoint = lookahead,
+    *,
+    average: Average | None = None,
+    ratios: Ratios | None = None,
+    process_group: Any = None,
 ) -> Tensor:
-    """∂L_meta/∂lr = −⟨∇L_meta(ŵ), d_t⟩ at the lookahead point, a 0-d tensor.
+    """∂L_meta/∂lr = −⟨∇L_meta(ŵ), d_t⟩ at the lookahead point, or at the average of the weights; a 0-d tensor.
 
     Call it between the training loss's backward() and optimizer.step(): d_t comes from the gradients in .grad.
     meta_loss returns the 0-d loss of the network on a held-out batch. Parameters, buffers, gradients and the optimizer
-    stay as they are. With several ranks meta_loss is this rank's, and the result is the mean over the ranks.
-    Raises TypeError for an optimizer that is not affine in lr.
+    stay as they are; `network` may be a ModuleList of all modules that meta_loss runs. Groups whose ratio is None move
+    at their own rates. With several ranks meta_loss is this rank's, and the result is the mean over the ranks.
+
+    Raises TypeError for an optimizer that is not affine in lr, and for a meta loss without a graph. RuntimeError where
+    no parameter has a gradient, and where one that has got none from meta_loss, which would count as zero.
     """
-    update = update_directions(optimizer)
+    ratios = lr_ratios(optimizer) if ratios is None else ratios
+    update = update_directions(optimizer, ratios)
+    own = [group["lr"] if ratio is None else None for group, ratio in zip(optimizer.param_groups, ratios, strict=True)]
+    rest = update_directions(optimizer, own)
+    driven = [parameter for parameter in update if parameter.requires_grad]
+    if not driven:
+        raise RuntimeError("no parameter has a gradient: call step() between backward() and optimizer.step()")
     terms: dict[nn.Parameter, Tensor] = {}
 
-    def reduce(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-        """Replace the gradient by its inner product with d_t: all gradients at once would be a copy of the network."""
-        terms[parameter] = update[parameter](weights[parameter]).mul_(gradient).sum()
-        return terms[parameter].expand_as(gradient)
+    def take(parameter: nn.Parameter) -> None:
+        """Turn a gradient into its inner product with d_t: all gradients at once would be a copy of the network."""
+        gradient, parameter.grad = parameter.grad, None
+        term = _whole(update[parameter](weights[parameter]).mul_(gradient).sum())
+        terms[parameter] = terms[parameter] + term if parameter in terms else term
 
-    with meta_point(network, update, lr) as weights, torch.enable_grad(), ExitStack() as hooks:
+    with ExitStack() as stack:
+        weights = stack.enter_context(lookahead(network, update, lr, rest, average))
+        stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
+        stack.enter_context(torch.enable_grad())
         loss = meta_loss()
-        for parameter in update:
-            hooks.enter_context(parameter.register_hook(partial(reduce, parameter)))
-        torch.autograd.grad(loss, list(update), allow_unused=True)
-    return -all_reduce_mean(torch.stack([terms[parameter] for parameter in update if parameter in terms]).sum())
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            raise TypeError(f"meta_loss returned {loss!r}: give the 0-d loss of the network, with its graph")
+        for parameter in driven:
+            stack.enter_context(parameter.register_post_accumulate_grad_hook(take))
+        # Sharded parameters get their gradients from hooks of a whole backward pass only.
+        loss.backward(inputs=None if any(map(_is_sharded, driven)) else driven)
+        for parameter in driven:
+            if parameter.grad is not None:
+                take(parameter)
+    _check_arrived(driven, terms, network)
+    return -all_reduce_mean(torch.stack([terms[parameter] for parameter in driven]).sum(), process_group)
+
+
+def _check_arrived(driven: list[nn.Parameter], terms: dict[nn.Parameter, Tensor], network: nn.Module) -> None:
+    missing = [parameter for parameter in driven if parameter not in terms]
+    if missing:
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        shown = ", ".join(names.get(parameter, f"one of shape {tuple(parameter.shape)}") for parameter in missing[:5])
+        raise RuntimeError(
+            f"{len(missing)} of {len(driven)} parameters with a training gradient got none from meta_loss ({shown}): "
+            "it has to use the same network, without checkpointing by use_reentrant=True; or freeze them"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the schedulers
@@ -343,58 +457,71 @@ def hypergradient(
 class MLRSNetLR:
     """Drives an optimizer by learned schedules; call step(loss) between loss.backward() and optimizer.step().
 
-    The K nets share the run, one per K-th of the epochs (three: they change at E//3 and 2·(E//3)); the LSTM state
-    carries over, and past the planned end the last net goes on. gamma is the LR scale: a number, such as
-    measure_lr_scale(...).gamma, or "paper" for lr_scale of the first loss and, at every change of nets, of the mean
-    loss of the epoch before; "auto" is "paper" for SGD without momentum and refuses other optimizers. With
-    perplexity=True (language models) num_classes is the size of the vocabulary, γ comes from exp(loss) and the net
-    sees loss / ln(num_classes). Parameter groups keep the ratios of their initial rates; the largest gets the learned
-    rate. On an accelerator the host waits only where γ is set, if the nets lie there too and the optimizer is fused.
-    Raises ValueError for arguments that do not describe a run.
+        lr_t = γ · A(ℓ_t; θ) · e(t)
+
+    optimizer: any of torch's kind. Its rates count as ratios only: the group with the largest gets lr_t, and the others
+        keep their share of it. A group that is added later gets its rate over the present one as its share.
+    nets: a list of MLRSNet, one of them, or the name of a shipped set. Net k of K drives the steps from k·num_steps//K
+        on; `changes` names other steps. The LSTM state carries over, and past num_steps the last net goes on.
+    num_steps: the planned optimizer steps of the run.
+    num_classes: C of the formula of γ; language models: the size of the vocabulary. Not needed where γ is a number.
+    perplexity: True for language models. L of the formula is exp(loss) then, and the net reads loss / ln(num_classes).
+    gamma: γ, twice the peak rate, as a number; or a function without arguments that returns it, called at the first
+        step and never after a state was loaded: lambda: measure_lr_scale(…).gamma; or "paper", lr_scale of the first
+        loss and, at every change of nets, of the median of the last 100; "auto" is "paper" for SGD without momentum
+        and refuses other optimizers.
+    warmup, cooldown: shares of the run over which e(t) rises linearly at the start and falls linearly to 0 at the end.
+    groups: the indices of the parameter groups to drive (default: all); the others keep what their owner sets.
+    scale_loss: a function that returns L of the formula wherever γ is set, such as the mean loss over the training set
+        (perplexity=True: its perplexity) in eval mode, which is what the authors take.
+    process_group: the ranks that train together (default: all); a group of one for independent runs.
+
+    A loss that is not finite leaves state and rate as they are. On an accelerator the host waits only where γ is set,
+    if the nets lie there too and the optimizer is fused. Raises ValueError for arguments that do not describe a run.
     """
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
-    counters = ("num_steps", "phase", "gamma", "epoch_loss", "state")  # what changes from step to step
+    counters = ("num_steps", "steps_taken", "phase", "gamma", "ratios")  # what changes from step to step,
+    buffers = ("state", "fraction", "recent_losses")  # and its tensors, filled in place
 
     def __init__(
         self,
         optimizer: Optimizer,
-        nets: Sequence[MLRSNet],
-        num_classes: int,
-        num_epochs: int,
-        steps_per_epoch: int,
-        gamma: float | str = "auto",
+        nets: Sequence[MLRSNet] | MLRSNet | str,
+        num_steps: int,
+        *,
+        num_classes: int | None = None,
         perplexity: bool = False,
+        gamma: float | str | Callable[[], float] = "auto",
+        warmup: float = 0.0,
+        cooldown: float = 0.0,
+        groups: Sequence[int] | None = None,
+        changes: Sequence[int] | None = None,
+        scale_loss: Callable[[], float] | None = None,
+        process_group: Any = None,
     ):
-        if not nets:
-            raise ValueError("no nets: give at least one MLR-SNet")
-        if len({(net.hidden_size, net.num_layers) for net in nets}) > 1:
-            sizes = ", ".join(f"{net.hidden_size} x {net.num_layers}" for net in nets)
-            raise ValueError(f"nets of different sizes ({sizes}) cannot share a run, since the LSTM state carries over")
-        if num_epochs < 1 or steps_per_epoch < 1:
-            raise ValueError(f"{num_epochs} epochs of {steps_per_epoch} steps: both must be at least 1")
-        is_number = isinstance(gamma, (int, float)) and math.isfinite(gamma) and gamma > 0
-        if gamma not in ("auto", "paper") and not is_number:
-            raise ValueError(f"gamma {gamma!r}: give a positive number, 'auto' or 'paper'")
-        _check_num_classes(num_classes, least=2 if perplexity else 1)
+        if isinstance(nets, (str, MLRSNet)):
+            nets = load_schedules(nets) if isinstance(nets, str) else [nets]
         while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = wrapped  # by Accelerate or Lightning
-        lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
-        self.optimizer, self.nets = optimizer, list(nets)
-        self.num_classes, self.perplexity = num_classes, perplexity
-        if gamma == "auto" and not has_paper_scale(self.optimizer):
-            raise ValueError(
-                "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
-                "gamma=measure_lr_scale(network, optimizer, next_loss, num_steps).gamma, or gamma='paper'"
-            )
-        self.fixed_gamma = float(gamma) if is_number else None
-        self.steps_per_epoch, self.phase_epochs = steps_per_epoch, max(1, num_epochs // len(self.nets))
-        self.num_steps = 0
-        self.phase = -1
-        self.gamma = math.nan  # set at the first step
-        self.epoch_loss: float | Tensor = 0.0
+        self.optimizer, self.nets, self.num_steps = optimizer, list(nets), _check_count("num_steps", num_steps)
+        self._check_nets()
+        self.num_classes, self.perplexity, self.scale_loss = num_classes, perplexity, scale_loss
+        self.chosen_gamma = self._check_gamma(gamma)
+        if not (0 <= warmup <= 1 and 0 <= cooldown <= 1 and warmup + cooldown <= 1):
+            raise ValueError(f"warmup {warmup} and cooldown {cooldown}: give shares of the run, together at most 1")
+        self.warmup, self.cooldown = warmup, cooldown
+        self.changes = self._check_changes(changes)
+        self.groups, self.process_group = groups, process_group
+        self.ratios = self._first_ratios()
+        self.steps_taken, self.phase, self.gamma = 0, -1, math.nan  # γ is set at the first step
         self.state = self.nets[0].initial_state()
-        self.lr_set: list[float | Tensor] | None = None
+        self.fraction = self.state.new_zeros(())
+        self.recent_losses = self.state.new_full((100,), math.nan)
+        self.lr_set: list[float | Tensor] = []
+        self.handle: RemovableHandle | None = None  # of attach()
+        self.was_stepped = False  # whether the optimizer has taken a step before the schedule has
+        self.watch = optimizer.register_step_post_hook(self._notice_step)
 
     @property
     def net(self) -> MLRSNet:
@@ -404,24 +531,44 @@ class MLRSNetLR:
     def step(self, loss: float | Tensor | None = None) -> None:
         """Set the rate of the step about to be taken from its training loss, a 0-d tensor or a number.
 
-        With several ranks the loss is this rank's; the schedule reads the mean over the ranks. Raises TypeError without
-        a loss, ValueError for a loss that is not 0-d, RuntimeError when something else has set the rate since the last
-        step.
+        Under accumulation the mean over the micro-batches. With several ranks the loss is this rank's; the schedule
+        reads the mean over the ranks. Raises TypeError without a loss, ValueError for a loss that is not 0-d or that
+        the formula of γ cannot take, RuntimeError beside attach() and when something else has set the rate.
         """
-        if loss is None:
-            raise TypeError("step() needs the training loss: call step(loss) after backward(), before optimizer.step()")
-        loss = torch.as_tensor(loss).detach()
-        if loss.dim():
-            raise ValueError(f"the loss has shape {tuple(loss.shape)}: give the mean over the batch, a 0-d tensor")
+        if self.handle and self.handle.id in (self.handle.hooks_dict_ref() or {}):
+            raise RuntimeError("attach() makes optimizer.step() call step(loss) already; leave out one of them")
+        self._step(loss)
+
+    def _step(self, loss: float | Tensor | None) -> None:
+        value = self._mean_loss(loss)
         self._check_rates()
-        loss = all_reduce_mean(loss)
-        self._start_epoch(on_host(loss))
-        self._learn(loss)
-        with torch.no_grad():
-            fraction, self.state = self.net(self._input(loss), self.state)
-        set_lr(self.optimizer, self.gamma * on_host(fraction))
+        self._check_order()
+        self.recent_losses[self.steps_taken % len(self.recent_losses)] = torch.where(value.isfinite(), value, math.nan)
+        if self._start_phase(value):
+            self._learn(value)
+            self._advance(value)
+        self.steps_taken += 1
+
+    @torch.no_grad()
+    def _advance(self, loss: Tensor) -> None:
+        """One step of the LSTM, and the rate; a loss that is not finite changes neither state nor fraction."""
+        is_finite = loss.isfinite()
+        fraction, state = self.net(self._input(loss), self.state)
+        self.fraction.copy_(torch.where(is_finite, fraction, self.fraction))
+        self.state.copy_(torch.where(is_finite, state, self.state))
+        set_lr(self.optimizer, self.gamma * self._envelope() * on_host(self.fraction), self.ratios)
         self.lr_set = self.get_last_lr()
-        self.num_steps += 1
+
+    def _envelope(self) -> float:
+        """e(t) of the step about to be taken."""
+        done = self.steps_taken / self.num_steps
+        num_warmup = int(self.warmup * self.num_steps)
+        rise = min(1.0, (self.steps_taken + 1) / (num_warmup + 1))  # never 0, which would waste a step
+        if not self.cooldown:
+            return rise
+        if self.steps_taken == self.num_steps:
+            warnings.warn(f"the planned {self.num_steps} steps are over: the cool-down ends at rate 0", stacklevel=5)
+        return min(rise, max(0.0, (1 - done) / self.cooldown))
 
     def _learn(self, loss: Tensor) -> None:
         """Where MetaMLRSNetLR moves θ, before the rate is set."""
@@ -429,24 +576,17 @@ class MLRSNetLR:
     def attach(self, next_loss: Callable[[], float | Tensor | None]) -> RemovableHandle:
         """Make every optimizer.step() call step(next_loss()) right before its update; the handle's remove() undoes it.
 
-        For trainers that give no access between backward() and the update. Gradients are unscaled and clipped by then,
-        and a step that GradScaler skips does not advance the schedule. A next_loss() of None keeps the rate.
+        For trainers that give no access between backward() and the update, and for GradScaler: gradients are unscaled
+        and clipped by then, and a step that it skips does not advance the schedule. A next_loss() of None keeps the
+        rate.
         """
-        is_stepping = False  # true during the trial steps that measure an optimizer
 
         def set_rate(optimizer: Optimizer) -> None:
-            nonlocal is_stepping
-            # GradScaler leaves it to a fused optimizer to skip a step
-            is_skipped = bool(getattr(optimizer, "found_inf", 0))
-            if is_stepping or is_skipped:
+            if bool(getattr(optimizer, "found_inf", 0)):  # GradScaler leaves it to a fused optimizer to skip a step
                 return
-            is_stepping = True
-            try:
-                loss = next_loss()
-                if loss is not None:
-                    self.step(loss)
-            finally:
-                is_stepping = False
+            loss = next_loss()
+            if loss is not None:
+                self._step(loss)
 
         def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -461,7 +601,8 @@ class MLRSNetLR:
 
             return args[:1], {**kwargs, "closure": closure_then_rate}
 
-        return self.optimizer.register_step_pre_hook(before_step)
+        self.handle = self.optimizer.register_step_pre_hook(before_step)
+        return self.handle
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Copies of the parameter groups' rates, as last set; for a rate kept in a tensor, 0-d tensors."""
@@ -469,70 +610,191 @@ class MLRSNetLR:
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, beside the optimizer's own state_dict."""
-        return {name: getattr(self, name) for name in self.counters} | {"nets": [net.state_dict() for net in self.nets]}
+        state = {name: copy.copy(getattr(self, name)) for name in self.counters}
+        state |= {name: getattr(self, name).clone() for name in self.buffers}
+        return state | {"nets": [net.state_dict() for net in self.nets]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from state_dict(); its γ replaces a number. ValueError for a state of another schedule."""
+    def load_state_dict(self, state: dict[str, Any], rescale: bool = False) -> None:
+        """Continue from state_dict(); its γ replaces a number, with a warning where they differ.
+
+        Raises ValueError for a state of another schedule, and of a run of another length: with `rescale` it continues
+        at the same share of this run.
+        """
         expected = self.state_dict().keys()
         if state.keys() != expected:
             different = ", ".join(sorted(state.keys() ^ expected))
             raise ValueError(f"not the state of a {type(self).__name__}: missing or unknown {different}")
         if len(state["nets"]) != len(self.nets):
             raise ValueError(f"the state is of a schedule of {len(state['nets'])} nets, this one has {len(self.nets)}")
+        planned, share = self.num_steps, self.num_steps / state["num_steps"]
+        if share != 1 and not rescale:
+            raise ValueError(
+                f"the state is of a run of {state['num_steps']} steps, this one plans {planned}: give num_steps="
+                f"{state['num_steps']}, or load_state_dict(state, rescale=True) to keep the share of the run"
+            )
         for net, weights in zip(self.nets, state["nets"], strict=True):
             try:
                 net.load_state_dict(weights)
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise ValueError(f"the state holds nets of another layout ({' '.join(str(error).split())})") from None
         for name in self.counters:
-            setattr(self, name, state[name])
-        if self.fixed_gamma is not None and self.num_steps:
-            self.fixed_gamma = self.gamma  # not a number that was measured again
-        self.state = self.state.to(self.nets[0].layer3.weight)
-        self.lr_set = None
+            setattr(self, name, copy.copy(state[name]))
+        for name in self.buffers:
+            getattr(self, name).copy_(state[name])
+        self.num_steps, self.steps_taken = planned, round(state["steps_taken"] * share)
+        self.lr_set = []
+        number = self.chosen_gamma
+        if isinstance(number, float) and not math.isnan(self.gamma) and number != self.gamma:
+            warnings.warn(f"the run continues with its own gamma {self.gamma:g}, not {number:g}", stacklevel=2)
+
+    # The checks, and what a step is made of.
+
+    def _check_nets(self) -> None:
+        if not self.nets:
+            raise ValueError("no nets: give at least one MLR-SNet")
+        if len({(net.hidden_size, net.num_layers) for net in self.nets}) > 1:
+            sizes = ", ".join(f"{net.hidden_size} x {net.num_layers}" for net in self.nets)
+            raise ValueError(f"nets of different sizes ({sizes}) cannot share a run, since the LSTM state carries over")
+        if self.num_steps < len(self.nets):
+            raise ValueError(f"num_steps {self.num_steps}: fewer than the {len(self.nets)} nets that share the run")
+
+    def _check_gamma(self, gamma: Any) -> float | str | Callable[[], float]:
+        if self.perplexity or self.num_classes is not None:
+            _check_count("num_classes", self.num_classes, least=2 if self.perplexity else 1)
+        if callable(gamma):
+            return gamma
+        if isinstance(gamma, Real) and not isinstance(gamma, bool) and math.isfinite(gamma) and gamma > 0:
+            return float(gamma)
+        if gamma not in ("auto", "paper"):
+            raise ValueError(f"gamma {gamma!r}: give a positive number, a function that returns one, 'auto' or 'paper'")
+        if gamma == "auto" and not has_paper_scale(self.optimizer):
+            raise ValueError(
+                "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
+                "gamma=lambda: measure_lr_scale(network, optimizer, next_loss, num_steps).gamma with "
+                "mlr_snet_scale.measure_lr_scale, a number, or gamma='paper'"
+            )
+        if self.num_classes is None:
+            raise ValueError(f"num_classes is missing, which gamma={gamma!r} needs; without classes {_GIVE_A_NUMBER}")
+        return gamma
+
+    def _check_changes(self, changes: Sequence[int] | None) -> list[int]:
+        number = len(self.nets)
+        if changes is None:
+            return [place * self.num_steps // number for place in range(1, number)]
+        if len(changes) != number - 1 or list(changes) != sorted(changes):
+            raise ValueError(f"changes {list(changes)}: give the {number - 1} steps at which the nets change, in order")
+        return list(changes)
+
+    def _first_ratios(self) -> list[float | None]:
+        """lr_ratios of the groups that the schedule drives, and None for the others."""
+        number = len(self.optimizer.param_groups)
+        driven = range(number) if self.groups is None else self.groups
+        if not driven or not all(isinstance(index, Integral) and 0 <= index < number for index in driven):
+            raise ValueError(f"groups {self.groups}: give indices of the optimizer's {number} parameter groups")
+        ratios = dict(zip(driven, lr_ratios(self.optimizer, driven), strict=True))
+        return [ratios.get(index) for index in range(number)]
 
     def _check_rates(self) -> None:
-        """RuntimeError when a rate is not the one that the last step() set; looks at nothing on an accelerator."""
-        for group, lr in zip(self.optimizer.param_groups, self.lr_set or [], strict=False):
-            if not isinstance(lr, Tensor) and group["lr"] != lr and not math.isnan(lr):
-                raise RuntimeError(
-                    f"the learning rate is {group['lr']:g}, but this schedule had set {lr:g}; "
-                    "remove the other scheduler that changes it"
-                )
+        """Settle the ratios of the groups. RuntimeError when a rate is not the one that the last step() set.
+
+        Looks at nothing on an accelerator, unless a group is new.
+        """
+        groups = self.optimizer.param_groups
+        if not self.steps_taken:
+            self.ratios = self._first_ratios()
+        if len(groups) < len(self.ratios):
+            raise RuntimeError(f"the optimizer has {len(groups)} parameter groups, it had {len(self.ratios)}")
+        for group, lr, ratio in zip(groups, self.lr_set, self.ratios, strict=False):
+            if ratio is None or isinstance(lr, Tensor) or group["lr"] == lr or math.isnan(lr):
+                continue
+            raise RuntimeError(
+                f"the learning rate is {float(group['lr']):g}, but this schedule had set {lr:g}; "
+                "remove the other scheduler that changes it, or leave its group out of `groups`"
+            )
+        for group in groups[len(self.ratios) :]:  # added since the last step
+            present = [float(old["lr"]) / ratio for old, ratio in zip(groups, self.ratios, strict=False) if ratio]
+            is_driven = self.groups is None and present and present[0] > 0
+            self.ratios.append(float(group["lr"]) / present[0] if is_driven else None)
+
+    def _check_order(self) -> None:
+        self.watch.remove()
+        if self.was_stepped and not self.steps_taken:
+            warnings.warn(
+                "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
+                "it: call step(loss) between backward() and optimizer.step()", stacklevel=4,
+            )
+
+    def _notice_step(self, *_: Any) -> None:
+        self.was_stepped = True
+
+    def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
+        """The loss as a 0-d tensor on the state's device, the mean over the ranks."""
+        if loss is None:
+            raise TypeError("step() needs the training loss: call step(loss) after backward(), before optimizer.step()")
+        value = torch.as_tensor(loss).detach()
+        if value.dim():
+            raise ValueError(f"the loss has shape {tuple(value.shape)}: give the mean over the batch, a 0-d tensor")
+        if not isinstance(loss, Tensor) and _num_ranks(self.process_group) > 1:
+            value = value.to(self.optimizer.param_groups[0]["params"][0].device)  # where the ranks can reduce it
+        return all_reduce_mean(value, self.process_group).to(self.state.device)
 
     def _input(self, loss: Tensor) -> Tensor:
-        """What the LSTM reads, on its device."""
-        loss = loss.to(self.state.device)
-        return loss / math.log(self.num_classes) if self.perplexity else loss
+        """What the LSTM reads: the loss, 0 where it is not finite."""
+        loss = torch.where(loss.isfinite(), loss, 0.0)
+        return loss / math.log(self.num_classes) if self.perplexity else loss  # type: ignore[arg-type]
 
-    def _start_epoch(self, loss: float | Tensor) -> None:
-        """At the first step of an epoch, change the net and γ where a phase begins; add up the epoch's losses."""
-        epoch, position = divmod(self.num_steps, self.steps_per_epoch)
-        if position == 0:
-            phase = min(epoch // self.phase_epochs, len(self.nets) - 1)
-            if phase != self.phase:
-                self.phase = phase
-                # Deviation: the authors pass over the whole training set for L; the losses at hand serve as well.
-                mean = self.epoch_loss / self.steps_per_epoch if epoch else loss
-                self.gamma = self._gamma_from(float(mean)) if self.fixed_gamma is None else self.fixed_gamma
-            self.epoch_loss = 0.0
-        self.epoch_loss = self.epoch_loss + loss
+    def _start_phase(self, loss: Tensor) -> bool:
+        """Change the net, and set γ, where a phase begins. False while no finite loss has set γ."""
+        phase = bisect.bisect_right(self.changes, self.steps_taken)
+        if phase == self.phase:
+            return True
+        if callable(self.chosen_gamma):
+            if self.phase < 0:
+                self.gamma = self._number_from(self.chosen_gamma)
+        elif isinstance(self.chosen_gamma, float):
+            if self.phase < 0:
+                self.gamma = self.chosen_gamma
+        else:
+            level = self._level(loss)
+            if math.isnan(level):
+                return self.phase >= 0  # at the change, try again at the next step
+            self.gamma = lr_scale(level, self.num_classes)  # type: ignore[arg-type]
+        self.phase = phase
+        return True
 
-    def _gamma_from(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            return math.nan  # so is the rate then, which ends the run as diverged
-        if self.perplexity and loss > 100:
-            raise FloatingPointError(f"the loss is {loss:.3g} nats at step {self.num_steps + 1}, beyond a perplexity")
-        level = math.exp(loss) if self.perplexity else max(loss, 1e-30)  # a loss of 0 leaves nothing to learn
-        return lr_scale(level, self.num_classes)
+    def _number_from(self, function: Callable[[], float]) -> float:
+        gamma = float(function())
+        if not (math.isfinite(gamma) and gamma > 0):
+            raise ValueError(f"the function given as gamma returned {gamma}; it has to return a positive number")
+        return gamma
+
+    def _level(self, loss: Tensor) -> float:
+        """L of the formula; NaN where no finite loss is known."""
+        if self.scale_loss:
+            return self.scale_loss()
+        # Deviation: the authors pass over the whole training set for L; scale_loss does, the losses at hand serve here.
+        level = float(loss if self.phase < 0 else self.recent_losses.nanmedian())
+        if not math.isfinite(level):
+            return math.nan
+        if level > LARGEST_LOSS:
+            raise ValueError(f"a loss of {level:g} is no cross-entropy, as the formula of γ needs; {_GIVE_A_NUMBER}")
+        return math.exp(level) if self.perplexity else level
 
 
 class MetaMLRSNetLR(MLRSNetLR):
     """An MLR-SNet that learns while it drives: every t_val-th step first moves θ by Adam, then sets the rate.
 
-    meta_loss returns the 0-d loss of the network on the next held-out batch, with its graph. lr and weight_decay are
-    Adam's on θ; the other arguments are MLRSNetLR's. Raises TypeError for an optimizer whose update is not affine in
-    its learning rate.
+    network: what meta_loss runs, whose buffers are restored; a ModuleList where that is more than one module.
+    meta_loss: returns the 0-d loss of the network on the next held-out batch, with its graph.
+    t_val: steps between updates of θ (default: about 80 updates in the run; the paper's 300 for 200 epochs).
+    lr, weight_decay: Adam's on θ.
+    meta_point: where the meta gradient is taken, "lookahead" (one step ahead, the paper) or "average" (at the running
+        average of the weights, which the schedule keeps: see averaged_weights). average_decay is its β, by default
+        for a window of a twentieth of the run.
+
+    The other arguments are MLRSNetLR's. Raises TypeError for an optimizer whose update is not affine in its learning
+    rate, and for sparse gradients. step() raises RuntimeError for gradients that are still scaled: under GradScaler
+    call scaler.unscale_(optimizer) before it, or use attach().
     """
 
     def __init__(
@@ -541,44 +803,83 @@ class MetaMLRSNetLR(MLRSNetLR):
         net: MLRSNet,
         network: nn.Module,
         meta_loss: Callable[[], Tensor],
+        num_steps: int,
         *,
-        num_classes: int,
-        num_epochs: int,
-        steps_per_epoch: int,
-        t_val: int = 300,
+        t_val: int | None = None,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
-        gamma: float | str = "auto",
-        perplexity: bool = False,
-        meta_point: MetaPoint = lookahead,
+        meta_point: str = "lookahead",
+        average_decay: float | None = None,
+        **options: Any,
     ):
-        super().__init__(optimizer, [net], num_classes, num_epochs, steps_per_epoch, gamma, perplexity)
-        check_affine(optimizer)
-        if t_val < 1:
-            raise ValueError(f"t_val {t_val}: must be at least 1")
-        self.network, self.meta_loss, self.t_val, self.meta_point = network, meta_loss, t_val, meta_point
-        self.adam = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay)
+        super().__init__(optimizer, net, num_steps, **options)
+        check_affine(self.optimizer)
+        if any(getattr(module, "sparse", False) for module in network.modules()):
+            raise TypeError("a module has sparse gradients, which are not supported; build it with sparse=False")
+        self.t_val = max(1, num_steps // 80) if t_val is None else _check_count("t_val", t_val)
+        if self.t_val > num_steps:
+            raise ValueError(f"t_val {t_val}, num_steps {num_steps}: nothing would be learned; lower t_val")
+        if meta_point not in ("lookahead", "average"):
+            raise ValueError(f"meta_point {meta_point!r}: choose 'lookahead' or 'average'")
+        self.network, self.meta_loss = network, meta_loss
+        self.average: Average | None = None
+        if meta_point == "average":
+            self.average = Average(network, Average.decay_for(num_steps) if average_decay is None else average_decay)
+        # Fused, so that an update that is not finite is skipped without waiting for an accelerator.
+        self.adam = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.is_checked = False  # whether the reach of the first lookahead has been
+
+    def averaged_weights(self) -> Any:
+        """The network at the running average of its weights inside a with-block; see Average.averaged_weights."""
+        if not self.average:
+            raise RuntimeError("this schedule keeps no average of the weights; build it with meta_point='average'")
+        return self.average.averaged_weights()
 
     def _learn(self, loss: Tensor) -> None:
-        """θ ← Adam(θ, ∂L_meta/∂lr · γ · ∂A/∂θ), with the LSTM state a constant."""
-        if (self.num_steps + 1) % self.t_val:
+        """θ ← Adam(θ, ∂L_meta/∂lr · γ · e · ∂A/∂θ), with the LSTM state a constant."""
+        if self.average:
+            self.average.update()
+        if (self.steps_taken + 1) % self.t_val:
             return
         if getattr(self.optimizer, "grad_scale", None) is not None:
             raise RuntimeError("the gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step()")
         with torch.enable_grad():
             fraction, _ = self.net(self._input(loss), self.state)
-            lr = self.gamma * on_host(fraction)
-            slope = hypergradient(self.network, self.optimizer, lr, self.meta_loss, self.meta_point)
+            scale = self.gamma * self._envelope()
+            lr = scale * on_host(fraction)
+            if not self.is_checked:
+                self._check_reach(lr)
+            slope = hypergradient(
+                self.network, self.optimizer, lr, self.meta_loss, average=self.average, ratios=self.ratios,
+                process_group=self.process_group,
+            ).to(fraction)
             self.adam.zero_grad()
-            (slope.to(fraction) * self.gamma * fraction).backward()
+            (slope * scale * fraction).backward()
+        self.adam.found_inf = (~slope.isfinite()).float()  # type: ignore[attr-defined]
         self.adam.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"adam": self.adam.state_dict()}
+    def _check_reach(self, lr: float | Tensor) -> None:
+        """RuntimeError where the first lookahead goes so far that the gradients must still be scaled by GradScaler."""
+        update = update_directions(self.optimizer, self.ratios)
+        weights = torch.stack([_whole(parameter.detach().norm()) for parameter in update]).norm()
+        lengths = [_whole(direction(parameter).norm()) for parameter, direction in update.items()]
+        moved = float(lr) * torch.stack(lengths).norm()
+        self.is_checked = bool(moved.isfinite())
+        if self.is_checked and moved > 10 * weights.clamp(min=1):
+            raise RuntimeError(
+                f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
+                "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma"
+            )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def state_dict(self) -> dict[str, Any]:
+        averaged = {"average": self.average.state_dict()} if self.average else {}
+        return super().state_dict() | {"adam": self.adam.state_dict()} | averaged
+
+    def load_state_dict(self, state: dict[str, Any], rescale: bool = False) -> None:
+        super().load_state_dict(state, rescale)
         self.adam.load_state_dict(state["adam"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
 
 
 # ---------------------------------------------------------------------------------------------- the training loop
@@ -667,13 +968,17 @@ def train(
 # ---------------------------------------------------------------------------------------------- rates and tensors
 
 
-def all_reduce_mean(tensor: Tensor) -> Tensor:
+def _num_ranks(process_group: Any = None) -> int:
+    return dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_mean(tensor: Tensor, process_group: Any = None) -> Tensor:
     """The mean over the ranks, bit-identical on each; the tensor itself in a single process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _num_ranks(process_group) == 1:
         return tensor
     total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    dist.all_reduce(total, group=process_group)
+    return total / _num_ranks(process_group)
 
 
 def on_host(value: Tensor) -> float | Tensor:
@@ -682,25 +987,26 @@ def on_host(value: Tensor) -> float | Tensor:
     return float(value) if value.device.type == "cpu" else value
 
 
-def lr_ratios(optimizer: Optimizer) -> list[float]:
-    """Each parameter group's initial rate over the largest one. ValueError when all are zero."""
-    for group in optimizer.param_groups:
-        if "initial_lr" not in group:
-            group["initial_lr"] = float(group["lr"])
-    rates = [group["initial_lr"] for group in optimizer.param_groups]
+def lr_ratios(optimizer: Optimizer, groups: Iterable[int] | None = None) -> list[float]:
+    """Each parameter group's present rate over the largest one, of `groups` or all. ValueError when all are zero."""
+    indices = range(len(optimizer.param_groups)) if groups is None else groups
+    rates = [float(optimizer.param_groups[index]["lr"]) for index in indices]
     if max(rates) <= 0:
         raise ValueError("the optimizer's learning rates are all zero; give at least one group a positive lr")
     return [rate / max(rates) for rate in rates]
 
 
 @torch.no_grad()
-def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
-    """Give the group with the largest initial rate `lr`, and the others their share of it.
+def set_lr(optimizer: Optimizer, lr: float | Tensor, ratios: Ratios | None = None) -> None:
+    """Give each parameter group its ratio of `lr` (default: lr_ratios); one of None keeps its rate.
 
     A rate that is a tensor is filled in place, so that compiled and captured steps see it without recompiling. A rate
-    on an accelerator stays there for a fused optimizer; other optimizers take floats alone.
+    on an accelerator stays there for a fused optimizer; other optimizers take floats only.
     """
-    for group, ratio in zip(optimizer.param_groups, lr_ratios(optimizer), strict=True):
+    ratios = lr_ratios(optimizer) if ratios is None else ratios
+    for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+        if ratio is None:
+            continue
         if isinstance(group["lr"], Tensor):
             group["lr"].copy_(torch.as_tensor(lr * ratio))
         elif isinstance(lr, Tensor) and group.get("fused"):
@@ -713,6 +1019,12 @@ def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
     """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def bare_step(optimizer: Optimizer) -> None:
+    """optimizer.step() without the hooks that are registered on it."""
+    step = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined, call-arg]
 
 
 @contextmanager
@@ -732,16 +1044,29 @@ def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
     kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for source, target in zip(sources, targets, strict=True):
         ones, others = kinds.setdefault((source.dtype, source.device), ([], []))
-        ones.append(source)
-        others.append(target)
+        ones.append(source.to_local() if _is_sharded(source) else source)
+        others.append(target.to_local() if _is_sharded(target) else target)
     for ones, others in kinds.values():
         torch._foreach_copy_(others, ones)
 
 
 @contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Every .grad is None inside the block, and what it was after it."""
+    gradients = {parameter: parameter.grad for parameter in parameters}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextmanager
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor."""
-    weights = parameters_of(optimizer)
+    weights = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
     entries = [*optimizer.state.values(), *optimizer.param_groups]
     tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
     before = [{name: value if _has_tensors(value) else copy.deepcopy(value) for name, value in entry.items()}
@@ -767,3 +1092,12 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def _has_tensors(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(item, Tensor) for item in value))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, as FSDP2 makes
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A 0-d result over all shards."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,10 +1,12 @@
 """The measured LR scale: the peak learning rate of a run, found by training on real batches at trial rates.
 
     measured = measure_lr_scale(network, optimizer, next_loss, num_steps)
-    schedule = MLRSNetLR(optimizer, nets, …, gamma=measured.gamma)
+    schedule = MLRSNetLR(optimizer, nets, num_steps, gamma=measured.gamma)
 
 An LR range test, then three short cosines; network, optimizer and random generators are as before afterwards. Where the
-loss falls at no rate, the scale is a guess and `refusal` says why. This file needs torch and mlr_snet only.
+loss falls at no rate, the scale is a guess and `refusal` says why. In a run that may be resumed give the schedule a
+function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at its first step only. This file needs torch
+and mlr_snet only.
 """
 
 import copy
@@ -21,7 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlr_snet import all_reduce_mean, parameters_of, preserved, preserved_optimizer, set_lr
+from mlr_snet import (
+    all_reduce_mean,
+    bare_step,
+    lr_ratios,
+    parameters_of,
+    preserved,
+    preserved_optimizer,
+    set_lr,
+    without_gradients,
+)
 
 RANGE_STEPS = 120  # in the range test, which spans five decades
 UNTRAINED_STEPS = 20  # the first of them, at rates that are too small to matter
@@ -88,9 +99,10 @@ def guessed_scale(optimizer: Optimizer, range_test: Trial) -> float:
 def measure_lr_scale(
     network: nn.Module,
     optimizer: Optimizer,
-    next_loss: Callable[[], Tensor],
+    next_loss: Callable[[], Any],
     num_steps: int,
     max_norm: float | None = None,
+    budget: int | None = None,
 ) -> MeasuredScale:
     """The LR scale of a run of num_steps steps.
 
@@ -101,17 +113,22 @@ def measure_lr_scale(
     the mean over the last third, and s the standard error of a difference of two such means by the noise of the
     batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others.
 
-    next_loss returns the 0-d training loss of the network on the next batch, with its graph; where it has state_dict
-    and load_state_dict, every trial sees the same batches. max_norm clips the gradient. Measuring takes 150 steps, or
-    5 % of num_steps if that is more, and restores network, optimizer, gradients and random generators bit for bit. With
-    several ranks all of them find the same scale.
+    next_loss: returns the 0-d training loss of the network on the next batch, with its graph; or a list or generator of
+        the micro-batches' losses, whose sum is the loss of the step; or None where an epoch ends, and is asked again.
+        Where it has state_dict and load_state_dict, every trial sees the same batches.
+    max_norm: clips the gradient.
+    budget: the training steps to take, at least 135 (default: 150, or 5 % of num_steps if that is more).
 
-    Where the loss falls at no rate, the scale is guessed_scale. A loss has fallen when the best trial ends three
-    standard errors below the untrained loss. Raises ValueError for a loss that is not finite at rates near zero.
-    Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
+    Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
+    no hooks of the optimizer. With several ranks all of them find the same scale. Where the loss falls at no rate, the
+    scale is guessed_scale: the falls in the range test and in the best trial have to be three standard errors together.
+
+    Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
+    without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
-    if num_steps < 1:
-        raise ValueError(f"a run of {num_steps} steps: give its length, at least 1")
+    budget = max(150, num_steps // 20) if budget is None else budget
+    if num_steps < 1 or budget < RANGE_STEPS + 15:
+        raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 15}")
     usual, factor = usual_lr(optimizer), run_over_trial(optimizer)
     try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm)
     growth = 1e5 ** (1 / (RANGE_STEPS - 1))
@@ -120,11 +137,15 @@ def measure_lr_scale(
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
-
-    lr_of_lowest, refusal = _lr_of_lowest_loss(range_test)
-    if refusal:
+    lr_of_lowest, lowest = _lowest(range_test)
+    range_fall = (start - lowest) / (noise * math.sqrt(2 / UNTRAINED_STEPS))
+    if range_fall < 2.2:
+        refusal = (
+            f"the training loss falls at no learning rate up to {range_test.rates[-1]:.2g}: from "
+            f"{start:.4g} to {lowest:.4g} at best; check loss and data, or give the scale as a number"
+        )
         return MeasuredScale(guessed_scale(optimizer, range_test), [range_test], refusal)
-    trial_steps = (max(150, num_steps // 20) - len(range_test.rates)) // 3
+    trial_steps = (budget - len(range_test.rates)) // 3
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
 
     def train_from(lr: float) -> Trial:
@@ -138,7 +159,8 @@ def measure_lr_scale(
     trials |= {lr: train_from(lr) for lr in others}
     losses = {lr: _final_loss(trial) for lr, trial in trials.items()}
     lowest, everything = min(losses.values()), [range_test, *trials.values()]
-    if lowest > start - CLEARLY * noise * math.sqrt(1 / UNTRAINED_STEPS + 1 / _third(trial_steps)):
+    trial_fall = (start - lowest) / (noise * math.sqrt(1 / UNTRAINED_STEPS + 1 / _third(trial_steps)))
+    if range_fall + trial_fall < CLEARLY * math.sqrt(2):
         tried = ", ".join(f"{lr / factor:.2g}" for lr in trials)
         refusal = (
             f"the training loss falls clearly at none of the peak learning rates {tried}: from {start:.4g} to "
@@ -157,7 +179,7 @@ def measure_lr_scale(
 def try_rates(
     network: nn.Module,
     optimizer: Optimizer,
-    next_loss: Callable[[], Tensor],
+    next_loss: Callable[[], Any],
     kind: str,
     rates: list[float],
     max_norm: float | None = None,
@@ -177,20 +199,16 @@ def try_rates(
 @contextmanager
 def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> Iterator[None]:
     """Restores everything that training changes, bit for bit, on exit; without gradients at the start."""
-    parameters = list(network.parameters())
-    gradients = [parameter.grad for parameter in parameters]
     was_training, python_state, numpy = network.training, random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
-    others = [*(set(parameters) - set(parameters_of(optimizer))), *network.buffers()]
+    everything = [*parameters_of(optimizer), *network.parameters()]
     try:
-        with preserved_optimizer(optimizer), preserved(others):
+        with without_gradients(everything), preserved_optimizer(optimizer), preserved(network.buffers()):
             network.train()
             yield
     finally:
         network.train(was_training)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)
@@ -199,31 +217,48 @@ def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> I
 
 
 def _losses_at(
-    rates: list[float], network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Tensor],
-    max_norm: float | None,
+    rates: list[float], network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], max_norm: float | None,
 ) -> list[float]:
     """Train one step at each rate; the mean loss over the ranks before every step."""
-    losses = []
+    losses, ratios = [], lr_ratios(optimizer)
     for lr in rates:
-        for parameter in network.parameters():
+        for parameter in [*parameters_of(optimizer), *network.parameters()]:
             parameter.grad = None
-        loss = next_loss()
-        loss.backward()
+        losses.append(_backward(next_loss))
         if max_norm is not None:
             nn.utils.clip_grad_norm_(network.parameters(), max_norm)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        losses.append(loss.detach())
+        set_lr(optimizer, lr, ratios)
+        bare_step(optimizer)
     return all_reduce_mean(torch.stack(losses).double()).tolist()  # once, so that the host does not wait at every step
+
+
+def _backward(next_loss: Callable[[], Any]) -> Tensor:
+    """Backward through the next loss, or through several whose sum it is; returns it without its graph."""
+    try:
+        given = next_loss()
+        given = next_loss() if given is None else given  # an epoch has ended
+    except StopIteration:
+        given = None
+    if given is None:
+        raise ValueError("next_loss has no more batches: start the loader over where it ends")
+    losses = [given] if isinstance(given, (Tensor, float, int)) else given
+    total = torch.zeros(())
+    for loss in losses:
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            raise TypeError(f"next_loss gave {loss!r}: give the 0-d training loss as a tensor, with its graph")
+        loss.backward()
+        total = loss.detach() + total.to(loss.device)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------- reading the losses
 
 
 def _untrained_loss(losses: list[float]) -> tuple[float, float]:
-    """Mean and noise of the loss while the rates of the range test are too small to matter."""
+    """Mean and noise, above 0, of the loss while the rates of the range test are too small to matter."""
     first = torch.tensor(losses[:UNTRAINED_STEPS], dtype=torch.float64)
-    return first.mean().item(), first.diff().std().item() / math.sqrt(2)
+    mean = first.mean().item()
+    return mean, max(first.diff().std().item() / math.sqrt(2), 1e-12 * abs(mean), 1e-300)
 
 
 def smoothed(losses: list[float], has_to_fall: bool = True) -> list[float]:
@@ -254,21 +289,11 @@ def _has_blown_up(losses: list[float]) -> bool:
     return len(losses) > UNTRAINED_STEPS and len(smoothed(losses)) < len(losses)
 
 
-def _lr_of_lowest_loss(range_test: Trial) -> tuple[float, str]:
-    """The rate at which the smoothed loss is lowest; a refusal where it does not fall beyond the batches' noise."""
-    start, noise = _untrained_loss(range_test.losses)
+def _lowest(range_test: Trial) -> tuple[float, float]:
+    """The rate at which the smoothed loss is lowest; and the lowest mean, over as many steps as the untrained loss."""
     smooth = smoothed(range_test.losses)
-    count = UNTRAINED_STEPS  # so that both means have the same standard error; 2.2 of their difference are asked
-    means = torch.tensor(range_test.losses[: len(smooth)], dtype=torch.float64).unfold(0, count, 1).mean(1)
-    lowest = means.min().item()
-    refusal = ""
-    if lowest > start - 2.2 * noise * math.sqrt(2 / count):
-        low, high = range_test.rates[0], range_test.rates[-1]
-        refusal = (
-            f"the training loss falls at no learning rate from {low:.2g} to {high:.2g}: from {start:.4g} to "
-            f"{lowest:.4g} at best, as means of {count} steps; check loss and data, or give the scale as a number"
-        )
-    return range_test.rates[smooth.index(min(smooth))], refusal
+    losses = torch.tensor(range_test.losses[: len(smooth)], dtype=torch.float64)
+    return range_test.rates[smooth.index(min(smooth))], losses.unfold(0, UNTRAINED_STEPS, 1).mean(1).min().item()
 
 
 def _final_loss(trial: Trial) -> float:

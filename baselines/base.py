@@ -29,9 +29,9 @@ class Baseline(ABC):
     build_optimizer = staticmethod(build_optimizer)
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
-        lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
+        self.ratios = lr_ratios(optimizer)  # refuses an optimizer whose rates are all zero
         self.optimizer, self.num_epochs, self.steps_per_epoch = optimizer, num_epochs, steps_per_epoch
-        self.initial_lr = max(group["initial_lr"] for group in optimizer.param_groups)
+        self.initial_lr = max(float(group["lr"]) for group in optimizer.param_groups)
         self.num_steps = 0
 
     @abstractmethod

@@ -13,12 +13,15 @@ from baselines.base import Baseline, mean_loss
 from mlr_snet import (
     all_reduce_mean,
     check_affine,
-    lr_ratios,
-    parameters_with_grad,
+    parameters_of,
     preserved,
     set_lr,
     update_directions,
 )
+
+
+def _with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -53,9 +56,9 @@ class HD(Baseline):
     def step(self, loss: float | Tensor) -> None:
         if self.last_directions:
             self.lr = _positive(self.lr + self.beta * float(_dot(self._decayed_gradients(), self.last_directions)))
-        directions = update_directions(self.optimizer)
+        directions = update_directions(self.optimizer, self.ratios)
         self.last_directions = [direction(parameter) for parameter, direction in directions.items()]
-        set_lr(self.optimizer, self.lr)
+        set_lr(self.optimizer, self.lr, self.ratios)
         self.num_steps += 1
 
     def _decayed_gradients(self) -> list[Tensor]:
@@ -95,7 +98,7 @@ class RTHO(Baseline):
         groups = optimizer.param_groups
         if type(optimizer) is not SGD or any(group["nesterov"] or group["dampening"] for group in groups):
             raise ValueError("rtho works with SGD, with or without plain momentum")
-        if any(ratio != 1 for ratio in lr_ratios(optimizer)):
+        if any(ratio != 1 for ratio in self.ratios):
             raise ValueError("rtho works with one rate for all parameters")
         self.beta, self.network, self.meta_loss = beta, network, meta_loss
         self.lr = self.initial_lr
@@ -104,7 +107,7 @@ class RTHO(Baseline):
 
     def step(self, loss: float | Tensor) -> None:
         assert isinstance(loss, Tensor)
-        parameters = parameters_with_grad(self.optimizer)
+        parameters = _with_gradient(self.optimizer)
         if not self.along_weights:
             self.along_weights = [torch.zeros_like(parameter) for parameter in parameters]
             self.along_velocity = [torch.zeros_like(parameter) for parameter in parameters]
@@ -118,7 +121,7 @@ class RTHO(Baseline):
             norm = nn.utils.get_total_norm(gradients)
             clip = nn.utils.get_total_norm(_gradients(parameters)) / norm if norm > 0 else 1.0
             self._follow(curvatures, clip)
-        set_lr(self.optimizer, self.lr)
+        set_lr(self.optimizer, self.lr, self.ratios)
         self.num_steps += 1
 
     def _validation_slope(self, parameters: list[nn.Parameter]) -> Tensor:
@@ -130,7 +133,7 @@ class RTHO(Baseline):
     def _follow(self, curvatures: list[Tensor], clip: float | Tensor) -> None:
         """Move Z₁ and Z₀ along with the step about to be taken."""
         group = self.optimizer.param_groups[0]
-        for index, (parameter, direction) in enumerate(update_directions(self.optimizer).items()):
+        for index, (parameter, direction) in enumerate(update_directions(self.optimizer, self.ratios).items()):
             weights, velocity = self.along_weights[index], self.along_velocity[index]
             velocity.mul_(group["momentum"]).add_(curvatures[index] * clip)
             velocity.add_(weights, alpha=group["weight_decay"])
@@ -177,7 +180,7 @@ class L4(Baseline):
     @torch.no_grad()
     def step(self, loss: float | Tensor) -> None:
         value = float(mean_loss(loss))
-        parameters = parameters_with_grad(self.optimizer)
+        parameters = _with_gradient(self.optimizer)
         if not self.num_steps:
             self.min_loss = 0.75 * value
             self.exp_avg = [torch.zeros_like(parameter) for parameter in parameters]
@@ -191,7 +194,7 @@ class L4(Baseline):
         self.min_loss *= 1 + 1 / 1000
         for parameter, direction in zip(parameters, directions, strict=True):
             parameter.grad = direction.clone()
-        set_lr(self.optimizer, self.lr)
+        set_lr(self.optimizer, self.lr, self.ratios)
 
     def _average(self, gradients: list[Tensor]) -> list[Tensor]:
         """g̃ after this step's gradients."""

@@ -35,7 +35,7 @@ class Val(Baseline):
                 self.min_loss = validation_loss
             else:
                 self.lr /= 4
-        set_lr(self.optimizer, self.lr)
+        set_lr(self.optimizer, self.lr, self.ratios)
         self.num_steps += 1
 
 

@@ -17,7 +17,7 @@ class ClosedForm(Baseline):
         """The rate as a multiple of the initial rate; epoch is fractional and starts at 0."""
 
     def step(self, loss: float | Tensor) -> None:
-        set_lr(self.optimizer, self.initial_lr * self.factor(self.num_steps / self.steps_per_epoch))
+        set_lr(self.optimizer, self.initial_lr * self.factor(self.num_steps / self.steps_per_epoch), self.ratios)
         self.num_steps += 1
 
 

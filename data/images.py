@@ -225,6 +225,13 @@ class ImageTask:
         self._require_meta()
         return self._measure(network, self.train, self.meta_indices)[0]
 
+    def scale_loss(self, network: nn.Module) -> float:
+        """L of the formula of γ: the mean loss over the training images in eval mode. Source: the authors' utils.py.
+
+        Deviation: without augmentation, and above 0, since γ has a floor where the images are memorised.
+        """
+        return max(self._measure(network, self.train, self.train_indices)[0], 1e-12)
+
     def train_metrics(self, loss: float, accuracy: float, clean_accuracy: float | None = None) -> dict[str, float]:
         """The training columns of metrics.csv, from the epoch's mean loss and accuracy (%).
 

@@ -12,9 +12,15 @@ from utils import Hidden, gather_hidden, shard_hidden
 def schedule_arguments(task: Task, num_epochs: int) -> dict[str, Any]:
     """The arguments of MLRSNetLR and MetaMLRSNetLR that describe the task and the length of the run."""
     return {
-        "num_classes": task.num_classes, "perplexity": task.perplexity,
-        "num_epochs": num_epochs, "steps_per_epoch": task.steps_per_epoch,
+        "num_steps": num_epochs * task.steps_per_epoch, "num_classes": task.num_classes, "perplexity": task.perplexity,
     }
+
+
+def epoch_changes(task: Task, num_epochs: int, num_nets: int) -> list[int] | None:
+    """The steps at which the authors change the nets, at whole epochs; None for a run of fewer epochs than nets."""
+    if num_epochs < num_nets:
+        return None
+    return [place * (num_epochs // num_nets) * task.steps_per_epoch for place in range(1, num_nets)]
 
 
 class LossStream:

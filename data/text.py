@@ -189,7 +189,6 @@ class TextTask:
     """
 
     perplexity = True
-    clip: float | None = 0.25
 
     def __init__(
         self,
@@ -202,7 +201,9 @@ class TextTask:
         device: torch.device,
         autocast: Callable[[], Any] = contextlib.nullcontext,
         evaluation_columns: int = 10,
+        clip: float | None = 0.25,
     ):
+        self.clip = clip
         splits = {"train": data.train, "valid": data.valid, "test": data.test}
         if batch_size < world_size():
             raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
@@ -263,6 +264,10 @@ class TextTask:
     def validate(self, network: nn.Module) -> float:
         """The mean negative log-likelihood of the validation text."""
         return self._mean_loss(network, self.valid)
+
+    def scale_loss(self, network: nn.Module) -> float:
+        """L of the formula of γ: the perplexity of the training text in eval mode, as the authors take it."""
+        return perplexity(self._mean_loss(network, self.train))
 
     def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """The training columns of metrics.csv, from the epoch's mean loss and accuracy (%)."""

@@ -1,6 +1,6 @@
 """Look inside a learned schedule: what it makes of the loss, its rate along a run, and how much of that is a reaction.
 
-Example: python meta-test/inspect-schedule.py --nets shipped --losses meta-train/result/resnet8_digits
+Example: python meta-test/inspect-schedule.py --nets paper --losses meta-train/result/resnet8_digits
 """
 
 import argparse
@@ -46,9 +46,8 @@ def settled_fractions(net: MLRSNet, losses: Tensor) -> Tensor:
 def follow(nets: list[MLRSNet], losses: Tensor, args: argparse.Namespace) -> Run:
     """The schedule along a run with these losses, one per step (steps,)."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    num_epochs = len(losses) // args.steps_per_epoch
     schedule = MLRSNetLR(
-        optimizer, nets, args.num_classes, num_epochs, args.steps_per_epoch, args.gamma, args.perplexity
+        optimizer, nets, len(losses), num_classes=args.num_classes, perplexity=args.perplexity, gamma=args.gamma
     )
     fractions, rates = [], []
     for loss in losses:
@@ -118,9 +117,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     description, example = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=example, allow_abbrev=False)
     add = parser.add_argument
-    add("--nets", nargs="+", default=["shipped"], metavar="FILE",
+    add("--nets", nargs="+", default=["paper"], metavar="FILE",
         help=f"nets that share the run in turn, the folder of a meta-train run, or one of {', '.join(SHIPPED)} "
-        "(default: shipped)")
+        "(default: paper)")
     add("--losses", type=Path, metavar="RUN", help="a run's folder or metrics.csv, whose training losses the nets read")
     add("--decay", type=number(float, 0, above=True), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
         help="without --losses: a training loss that falls exponentially, in nats (default: 2.3 0.01)")

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
@@ -10,12 +11,12 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 from baselines import SCHEDULES, Baseline, build_baseline, default_beta
 from baselines.lr_finder import lightning_lr_finder
 from data import IMAGES
-from data.meta_stream import MetaStream, schedule_arguments
+from data.meta_stream import MetaStream, epoch_changes, schedule_arguments
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
 from mlr_snet_scale import measure_lr_scale
 from training.arguments import (
-    add_gamma,
     add_run_arguments,
+    add_scale,
     add_task_arguments,
     net_files,
     parse_run_arguments,
@@ -39,10 +40,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("schedule").add_argument
     add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", metavar="NAME",
         help=f"mlr-snet, or a baseline: {', '.join(SCHEDULES)} (default: mlr-snet)")
-    add("--nets", type=lambda text: text if text in SHIPPED else Path(text), nargs="+", default=["shipped"],
-        metavar="FILE", help="learned schedules that share the run in turn, a meta-train run's folder, or average: the "
-        "shipped net learned at averaged weights (default: the three beside this script)")
-    add_gamma(add)
+    add("--nets", type=lambda text: text if text in SHIPPED else Path(text), nargs="+", default=["paper"],
+        metavar="FILE", help="learned schedules that share the run in turn, the folder of a meta-train run, or shipped "
+        f"ones: {', '.join(SHIPPED)} (default: paper)")
+    add_scale(add)
     with_beta = " and ".join(name for name, baseline in SCHEDULES.items() if baseline.has_beta)
     add("--lr", type=number_or(number(float, 0, above=True), *FINDERS), metavar="LR",
         help="initial or peak rate of a baseline; measured finds it as for --gamma, lightning by Lightning's "
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=number(float, 0, above=True), metavar="BETA",
         help=f"step of {with_beta} on the rate (default: {default_beta('sgd'):g}; adam {default_beta('adam'):g})")
     add_run_arguments(parser)
-    args, given = parse_run_arguments(parser, SCRIPT, argv)
+    args, given = parse_run_arguments(parser, SCRIPT, argv, "shufflenetv2")
     _check_schedule(parser, args, given)
     return args
 
@@ -64,7 +65,7 @@ def _check_schedule(parser: Parser, args: argparse.Namespace, given: set[str]) -
         parser.error(f"{schedule} has no --beta; leave it out")
     if baseline is None:
         return
-    for flag in ("gamma", "nets"):
+    for flag in ("gamma", "nets", "warmup", "cooldown"):
         if flag in given:
             parser.error(f"--{flag} belongs to --schedule mlr-snet; leave it out with {args.schedule}")
     if args.lr in FINDERS and baseline.rate == "factor":
@@ -104,7 +105,11 @@ def main(argv: list[str] | None = None) -> int:
             nets = [net.to(device) for net in nets]
             optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
             gamma, measurement = chosen_gamma(args, task, network, optimizer)
-            schedule = MLRSNetLR(optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma)
+            schedule = MLRSNetLR(
+                optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma, warmup=args.warmup,
+                cooldown=args.cooldown, changes=epoch_changes(task, args.num_epoch, len(nets)),
+                scale_loss=partial(task.scale_loss, network),
+            )
         else:
             lr = args.lr
             if lr in FINDERS:
@@ -115,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,
                 args.beta, meta_stream,
             )
-        average = average_of(args, network, task.steps_per_epoch)
+        average = average_of(args, network, args.num_epoch * task.steps_per_epoch)
         trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, measurement)
     return trainer.run()
 

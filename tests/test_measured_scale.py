@@ -240,5 +240,5 @@ def test_auto_refuses_an_optimizer_that_the_papers_formula_was_not_made_for():
     weight = nn.Parameter(torch.zeros(1))
     for optimizer in (torch.optim.SGD([weight], lr=1.0, momentum=0.9), torch.optim.AdamW([weight])):
         with pytest.raises(ValueError, match="measure_lr_scale"):
-            MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3)
-        assert MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3, gamma="paper").fixed_gamma is None
+            MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10)
+        assert MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10, gamma="paper").chosen_gamma == "paper"

@@ -149,7 +149,7 @@ def test_a_rate_that_is_a_tensor_is_filled_in_place_and_returned_as_a_copy(kind)
     weight = nn.Parameter(torch.zeros(2))
     rate = torch.tensor(0.1)
     optimizer = kind([{"params": [weight], "lr": rate}], lr=1.0, foreach=False)
-    schedule = MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3, gamma="paper")
+    schedule = MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10, gamma="paper")
     schedule.step(2.3)
     (lr,) = schedule.get_last_lr()
     assert optimizer.param_groups[0]["lr"] is rate and lr is not rate and torch.equal(lr, rate)
@@ -163,7 +163,7 @@ def test_a_compiled_step_is_not_compiled_again_when_the_rate_changes():
 
     weight, counter = nn.Parameter(torch.ones(2)), CompileCounter()
     optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.1), foreach=False)
-    schedule = MLRSNetLR(optimizer, [MLRSNet()], 10, 2, 3)
+    schedule = MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10)
     step = torch.compile(optimizer.step, backend=counter)
     for loss in (2.3, 1.9, 1.0, 0.4):
         weight.grad = torch.ones(2)

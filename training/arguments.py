@@ -20,16 +20,30 @@ IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0
                   "noise_kind": None}
 IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
-                 "dropout": 0.5}
+                 "dropout": 0.5, "clip": 0.25}
+
+# Flags of the authors' language-modelling script that mean something else here, and what to give instead
+AUTHORS = {
+    "--model": "--network lstm2 or lstm3", "--num_layers": "--network lstm2 or lstm3",
+    "--hidden_size": "--embed-size, which is the width of the hidden layers, too",
+}
+
+
+class Refused(argparse.Action):
+    """A flag of the authors' that is refused with the one to use."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        (flag,) = self.option_strings
+        parser.error(f"{flag} is the authors' flag; give {AUTHORS[flag]}")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     """The flags of what is trained, which meta-train and meta-test share; `network` is the default."""
     positive = number(int, 1, 2**31 - 1)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10", metavar="NAME",
+    add("--dataset", choices=DATASETS, metavar="NAME",
         help=f"images: {', '.join(IMAGES)}; text: {', '.join(TEXTS)}; digits and pydoc need no download "
-        "(default: cifar10)")
+        "(default: cifar10, for a language model ptb)")
     add("--data-root", type=Path, default=ROOT / "data" / "downloads", metavar="DIR",
         help="the data, or where to download it (default: data/downloads)")
     add("--limit-train", type=positive, metavar="N", help="use N class-balanced images, or the first N tokens")
@@ -44,7 +58,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--corruption", metavar="NAME",
         help=f"damage the training images: {', '.join(CORRUPTIONS)}; of "
         "cifar10-c and cifar100-c the file")
-    add("--severity", type=number(int, 0, 5), metavar="N", help="of --corruption, 0 (none) to 5 (default: 3)")
+    add("--severity", type=number(int, 0, 5), metavar="N", help="severity of --corruption, 0 (none) to 5 (default: 3)")
     add("--label-noise", type=number(float, 0, 1), metavar="RATE",
         help="give this share of the training images a wrong label (default: 0)")
     add("--noise-kind", choices=NOISE_KINDS, metavar="KIND",
@@ -53,23 +67,32 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--seq-len", "--seq_len", type=positive, metavar="N", help="tokens per sequence (default: 35)")
 
     add = parser.add_argument_group("network and optimizer").add_argument
-    add("--network", choices=NETWORKS, default=network, metavar="NAME",
-        help=f"images: {', '.join(IMAGE_NETWORKS)}; text: {', '.join(LANGUAGE_MODELS)} (default: {network})")
+    add("--network", choices=NETWORKS, metavar="NAME",
+        help=f"images: {', '.join(IMAGE_NETWORKS)}; text: {', '.join(LANGUAGE_MODELS)} (default: {network}, for text "
+        "lstm2)")
     add("--embed-size", "--embed_size", type=positive, metavar="N",
         help="width of a language model's embedding and hidden layers (default: 512)")
-    add("--dropout", type=number(float, 0, 1), metavar="RATE", help="of a language model (default: 0.5)")
+    add("--dropout", type=number(float, 0, 1), metavar="RATE", help="dropout of a language model (default: 0.5)")
+    add("--clip", type=number(float, 0, above=True), metavar="NORM",
+        help="largest norm of the gradient, for text (default: 0.25)")
     add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
     add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", metavar="NAME",
         help="sgd, adam or adamw (default: sgd)")
-    add("--momentum", type=number(float, 0, 1), default=0.0, metavar="RHO", help="of SGD (default: 0)")
+    add("--momentum", type=number(float, 0, 1), default=0.0, metavar="RHO", help="momentum of SGD (default: 0)")
     add("--wd", type=number(float, 0), metavar="WD", help="weight decay (default: images 5e-4, text 5e-6)")
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
     add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"), metavar="RATE",
-        help="of the average per step, or auto: about an epoch's (default: auto)")
+        help="decay of the average per step; auto averages over about a twentieth of the run (default: auto)")
+    for flag in AUTHORS:
+        add(flag, action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def add_gamma(add: Callable[..., Any]) -> None:
-    """--gamma, for the group of flags whose add_argument is given."""
+def add_scale(add: Callable[..., Any]) -> None:
+    """--gamma, --warmup and --cooldown, for the group of flags whose add_argument is given."""
+    add("--warmup", type=number(float, 0, 1), default=0.0, metavar="SHARE",
+        help="share of the run over which MLR-SNet's rate rises linearly at the start (default: 0)")
+    add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="SHARE",
+        help="share of the run over which it falls linearly to 0 at the end (default: 0, the paper; 0.2 is good)")
     add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
         metavar="GAMMA",
         help="LR scale, the largest rate MLR-SNet can give: a number, paper (the paper's formula) or measured (twice "
@@ -85,7 +108,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", "--batch_size", type=positive, metavar="N",
         help="per step, over all ranks (default: images 128, text 32)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="of weights, data order and meta set (default: 0)")
+        help="seed of weights, data order and meta set (default: 0)")
     add("--out", type=folder, metavar="DIR",
         help="the run's folder (default: result/NETWORK_DATASET beside the script)")
     add("--resume", action="store_true", help="continue the run in --out with its own arguments")
@@ -95,23 +118,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", metavar="NAME",
         help="cpu, cuda or another; auto is cuda where there is one (default: auto)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", metavar="TYPE",
-        help="of the forward pass, fp32 or bf16 (default: fp32)")
+        help="type of the forward pass, fp32 or bf16 (default: fp32)")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--deterministic", action="store_true", help="use only algorithms that torch calls deterministic")
 
 
 def parse_run_arguments(
-    parser: Parser, script: Path, argv: list[str] | None, **defaults: Any
+    parser: Parser, script: Path, argv: list[str] | None, network: str, **defaults: Any
 ) -> tuple[argparse.Namespace, set[str]]:
     """The arguments, with --out and the defaults settled, and the names of those that the command line gives.
 
-    --resume takes the run's own arguments and refuses others. `defaults` are the script's own for flags of the images.
+    --resume takes the run's own arguments and refuses others. `network` is the default for images, and `defaults` are
+    the script's own for flags of the images.
     """
     args = parser.parse_args(argv)
     unset = object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}
     args.script = script.stem
+    _settle_problem(args, network)
     args.out = (args.out or script.parent / "result" / f"{args.network}_{args.dataset}").absolute()
     try:
         if args.out.exists() and not args.out.is_dir():
@@ -190,6 +215,13 @@ def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
         else:
             words.append(f"{flag}={value}")
     return words
+
+
+def _settle_problem(args: argparse.Namespace, network: str) -> None:
+    """Give the network or the data set that was left out the default that fits the other."""
+    is_text = args.dataset in TEXTS or (args.dataset is None and args.network in LANGUAGE_MODELS)
+    args.dataset = args.dataset or ("ptb" if is_text else "cifar10")
+    args.network = args.network or ("lstm2" if is_text else network)
 
 
 def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:

@@ -10,16 +10,15 @@ from torch import nn
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
+from mlr_snet import Average
 from models import build_network
-from training.arguments import keeps_average
-from training.averaging import Average, auto_decay
 from training.command_line import end_with_launcher
 from utils import autocast, built_within_memory, choose_algorithms, init_distributed, pick_device
 
 # What build_task takes from the flags of one modality
 IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
                  "label_noise", "noise_kind")
-TEXT_OPTIONS = ("seq_len", "tokens")
+TEXT_OPTIONS = ("seq_len", "tokens", "clip")
 
 
 def start(args: argparse.Namespace) -> torch.device:
@@ -68,8 +67,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise ValueError(f"init {path}: no weights of this network ({type(error).__name__})") from error
 
 
-def average_of(args: argparse.Namespace, network: nn.Module, steps_per_epoch: int) -> Average | None:
+def average_of(args: argparse.Namespace, network: nn.Module, num_steps: int) -> Average | None:
     """The running average of the weights, where the run asks for one."""
-    if not keeps_average(args):
+    if not args.average:
         return None
-    return Average(network, auto_decay(steps_per_epoch) if args.average_decay == "auto" else args.average_decay)
+    return Average(network, Average.decay_for(num_steps) if args.average_decay == "auto" else args.average_decay)

@@ -33,6 +33,13 @@ class Log:
         self.bar.update()
         self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
 
+    def gamma(self, number: int, gamma: float) -> None:
+        """The LR scale, set at step `number`."""
+        if rank():
+            return
+        self._add_events({"step/gamma": gamma}, number)
+        self.bar.write(f"gamma {gamma:.4g} from step {number} on")
+
     def epoch(self, row: dict[str, float]) -> None:
         if rank():
             return

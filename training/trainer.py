@@ -19,9 +19,9 @@ from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
-from mlr_snet import Schedule, Step, train
+from mlr_snet import Average, Schedule, Step, train
 from training.arguments import refuse_used
-from training.averaging import Average, evaluating
+from training.averaging import evaluating, evaluating_average
 from training.command_line import is_out_of_memory
 from training.folder import Checkpoint, Cost, FolderLock, Metrics, contents, provenance
 from training.log import Log
@@ -96,6 +96,7 @@ class Trainer:
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
         self.saved_step: int | None = None
+        self.gamma: float | None = None  # as last told
         on_cpu = next(network.parameters()).device.type == "cpu"
         self.fetch_every = 1 if on_cpu else FETCH_EVERY
         self.metrics, self.cost, self.measurement = Metrics(), Cost(network, args.compile), measurement
@@ -103,7 +104,8 @@ class Trainer:
             "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
             "metrics": self.metrics, "cost": self.cost,
         }
-        if average:
+        self.moves_average = average is not None and average is not getattr(schedule, "average", None)
+        if self.moves_average:
             parts["average"] = average
         if measurement:
             parts["measurement"] = measurement
@@ -125,6 +127,7 @@ class Trainer:
         if self.args.resume and path.exists():
             self.step, self.hidden = self.checkpoint.load()
             self.saved_step = self.step
+            self.gamma = getattr(self.schedule, "gamma", None)
             return
         results = [name for name in contents(out) if name not in BEFORE_CHECKPOINT]
         if self.args.resume and results:
@@ -193,6 +196,7 @@ class Trainer:
         waiting: list[Step] = []  # steps whose numbers are still on the device
         for step in self._steps():
             self.step, self.hidden = step.number, step.hidden
+            self._tell_gamma()
             waiting.append(step)
             ends_epoch = step.number % self.task.steps_per_epoch == 0
             if len(waiting) < self.fetch_every and not ends_epoch:
@@ -214,13 +218,26 @@ class Trainer:
             network, self.task, self.optimizer, self.schedule, self.args.num_epoch, self.step, self.hidden
         )
         try:
-            yield from self.average.following(steps) if self.average else steps
+            for _ in range(self.step, self.num_steps):
+                if self.average and self.moves_average:
+                    self.average.update()
+                yield next(steps)
+        except ValueError as error:  # a loss that the formula of γ cannot take
+            raise FloatingPointError(f"{error} (step {self.step + 1})") from None
         except (OverflowError, RuntimeError) as error:
+            # torch has no class of its own for a number that single precision cannot hold.
             if isinstance(error, RuntimeError) and "without overflow" not in str(error):
                 raise
             lr = float(self.schedule.get_last_lr()[0])
             message = f"the LR is beyond single precision at step {self.step + 1} (last set: {lr:g})"
             raise FloatingPointError(message) from None
+
+    def _tell_gamma(self) -> None:
+        """Print and log γ where a schedule has set it anew."""
+        gamma = getattr(self.schedule, "gamma", self.gamma)
+        if gamma != self.gamma and not math.isnan(gamma):
+            self.gamma = gamma
+            self.log.gamma(self.step, gamma)
 
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
@@ -257,7 +274,7 @@ class Trainer:
             row = self.task.train_metrics(**means) | self.task.evaluate(self.network)
             if self.average and self.args.average:
                 name = "test_ppl" if self.task.perplexity else "test_acc"
-                with self.average.swapped_in(self.task):
+                with evaluating_average(self.average, self.task):
                     row[f"{name}_average"] = self.task.evaluate(self.network)[name]
         return row
 
@@ -296,7 +313,7 @@ class Trainer:
         with evaluating(self.optimizer, self.network, self.task):
             save(self.args.out / "network.pth", self.network.state_dict())
             if self.average and self.args.average:
-                with self.average.swapped_in(self.task):
+                with evaluating_average(self.average, self.task):
                     save(self.args.out / "network_average.pth", self.network.state_dict())
 
     def _last_checkpoint(self) -> str:
