@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,6 +175,10 @@ LARGEST_LOSS = 100.0  # nats; no cross-entropy of a network that can still learn
 def has_paper_scale(optimizer: Optimizer) -> bool:
     """Whether lr_scale was made for the optimizer: SGD without momentum."""
     return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _check_count(name: str, value: Any, least: int = 1) -> int:
@@ -419,6 +423,7 @@ def hypergradient(
     def take(parameter: nn.Parameter) -> None:
         """Turn a gradient into its inner product with d_t: all gradients at once would be a copy of the network."""
         gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
         term = _whole(update[parameter](weights[parameter]).mul_(gradient).sum())
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
@@ -519,9 +524,18 @@ class MLRSNetLR:
         self.fraction = self.state.new_zeros(())
         self.recent_losses = self.state.new_full((100,), math.nan)
         self.lr_set: list[float | Tensor] = []
+        self.level: float | None = None  # as read by prepare()
         self.handle: RemovableHandle | None = None  # of attach()
-        self.was_stepped = False  # whether the optimizer has taken a step before the schedule has
-        self.watch = optimizer.register_step_post_hook(self._notice_step)
+        self.was_stepped = False  # whether the optimizer has taken a step before the schedule's first
+        self.watch = optimizer.register_step_post_hook(lambda *_: setattr(self, "was_stepped", True))
+
+    def prepare(self) -> None:
+        """Read scale_loss now, where the coming step will set γ from it: before the forward pass, as the authors do.
+
+        Optional: step(loss) reads it otherwise, when BatchNorm's statistics have seen one batch more.
+        """
+        if self.scale_loss and isinstance(self.chosen_gamma, str) and self._phase_now() != self.phase:
+            self.level = self.scale_loss()
 
     @property
     def net(self) -> MLRSNet:
@@ -581,25 +595,21 @@ class MLRSNetLR:
         rate.
         """
 
-        def set_rate(optimizer: Optimizer) -> None:
-            if bool(getattr(optimizer, "found_inf", 0)):  # GradScaler leaves it to a fused optimizer to skip a step
-                return
-            loss = next_loss()
-            if loss is not None:
-                self._step(loss)
-
         def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            if closure is None:
-                set_rate(optimizer)
-                return None
 
             def closure_then_rate() -> Any:
-                result = closure()
-                set_rate(optimizer)
+                result = closure() if closure else None
+                if not getattr(optimizer, "found_inf", 0):  # else GradScaler leaves it to a fused optimizer to skip
+                    loss = next_loss()
+                    if loss is not None:
+                        self._step(loss)
                 return result
 
-            return args[:1], {**kwargs, "closure": closure_then_rate}
+            if closure:
+                return args[:1], {**kwargs, "closure": closure_then_rate}
+            closure_then_rate()
+            return None
 
         self.handle = self.optimizer.register_step_pre_hook(before_step)
         return self.handle
@@ -643,9 +653,9 @@ class MLRSNetLR:
             getattr(self, name).copy_(state[name])
         self.num_steps, self.steps_taken = planned, round(state["steps_taken"] * share)
         self.lr_set = []
-        number = self.chosen_gamma
-        if isinstance(number, float) and not math.isnan(self.gamma) and number != self.gamma:
-            warnings.warn(f"the run continues with its own gamma {self.gamma:g}, not {number:g}", stacklevel=2)
+        if _is_scale(self.chosen_gamma) and self.phase >= 0 and self.chosen_gamma != self.gamma:
+            number = f"{self.gamma:g}, not {self.chosen_gamma:g}"
+            warnings.warn(f"the run continues with its own gamma {number}", stacklevel=2)
 
     # The checks, and what a step is made of.
 
@@ -661,10 +671,8 @@ class MLRSNetLR:
     def _check_gamma(self, gamma: Any) -> float | str | Callable[[], float]:
         if self.perplexity or self.num_classes is not None:
             _check_count("num_classes", self.num_classes, least=2 if self.perplexity else 1)
-        if callable(gamma):
+        if callable(gamma) or _is_scale(gamma):
             return gamma
-        if isinstance(gamma, Real) and not isinstance(gamma, bool) and math.isfinite(gamma) and gamma > 0:
-            return float(gamma)
         if gamma not in ("auto", "paper"):
             raise ValueError(f"gamma {gamma!r}: give a positive number, a function that returns one, 'auto' or 'paper'")
         if gamma == "auto" and not has_paper_scale(self.optimizer):
@@ -724,9 +732,6 @@ class MLRSNetLR:
                 "it: call step(loss) between backward() and optimizer.step()", stacklevel=4,
             )
 
-    def _notice_step(self, *_: Any) -> None:
-        self.was_stepped = True
-
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
         """The loss as a 0-d tensor on the state's device, the mean over the ranks."""
         if loss is None:
@@ -743,35 +748,32 @@ class MLRSNetLR:
         loss = torch.where(loss.isfinite(), loss, 0.0)
         return loss / math.log(self.num_classes) if self.perplexity else loss  # type: ignore[arg-type]
 
+    def _phase_now(self) -> int:
+        return bisect.bisect_right(self.changes, self.steps_taken)
+
     def _start_phase(self, loss: Tensor) -> bool:
         """Change the net, and set γ, where a phase begins. False while no finite loss has set γ."""
-        phase = bisect.bisect_right(self.changes, self.steps_taken)
+        phase = self._phase_now()
         if phase == self.phase:
             return True
-        if callable(self.chosen_gamma):
-            if self.phase < 0:
-                self.gamma = self._number_from(self.chosen_gamma)
-        elif isinstance(self.chosen_gamma, float):
-            if self.phase < 0:
-                self.gamma = self.chosen_gamma
-        else:
+        if isinstance(self.chosen_gamma, str):
             level = self._level(loss)
             if math.isnan(level):
-                return self.phase >= 0  # at the change, try again at the next step
+                return self.phase >= 0  # at a change, the next step tries again
             self.gamma = lr_scale(level, self.num_classes)  # type: ignore[arg-type]
+        elif self.phase < 0:
+            gamma = self.chosen_gamma() if callable(self.chosen_gamma) else self.chosen_gamma
+            if not _is_scale(gamma):
+                raise ValueError(f"the function given as gamma returned {gamma!r}; it has to return a positive number")
+            self.gamma = float(gamma)
         self.phase = phase
         return True
-
-    def _number_from(self, function: Callable[[], float]) -> float:
-        gamma = float(function())
-        if not (math.isfinite(gamma) and gamma > 0):
-            raise ValueError(f"the function given as gamma returned {gamma}; it has to return a positive number")
-        return gamma
 
     def _level(self, loss: Tensor) -> float:
         """L of the formula; NaN where no finite loss is known."""
         if self.scale_loss:
-            return self.scale_loss()
+            level, self.level = self.scale_loss() if self.level is None else self.level, None
+            return level
         # Deviation: the authors pass over the whole training set for L; scale_loss does, the losses at hand serve here.
         level = float(loss if self.phase < 0 else self.recent_losses.nanmedian())
         if not math.isfinite(level):
@@ -861,6 +863,8 @@ class MetaMLRSNetLR(MLRSNetLR):
     def _check_reach(self, lr: float | Tensor) -> None:
         """RuntimeError where the first lookahead goes so far that the gradients must still be scaled by GradScaler."""
         update = update_directions(self.optimizer, self.ratios)
+        if not update:
+            return
         weights = torch.stack([_whole(parameter.detach().norm()) for parameter in update]).norm()
         lengths = [_whole(direction(parameter).norm()) for parameter, direction in update.items()]
         moved = float(lr) * torch.stack(lengths).norm()
@@ -917,6 +921,7 @@ class Schedule(Protocol):
 
     second_order: bool  # whether step() differentiates the loss again, so that its graph has to be kept
 
+    def prepare(self) -> None: ...
     def step(self, loss: float | Tensor) -> None: ...
     def get_last_lr(self) -> Sequence[float | Tensor]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -954,6 +959,7 @@ def train(
     network.train()
     steps = range(start, num_epochs * task.steps_per_epoch)
     for number, batch in zip(steps, task.train_batches(start), strict=False):
+        schedule.prepare()
         loss, accuracy, hidden = task.loss(network, batch, hidden)  # ℓ_t
         optimizer.zero_grad()
         loss.backward(retain_graph=schedule.second_order)
@@ -1044,8 +1050,8 @@ def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
     kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for source, target in zip(sources, targets, strict=True):
         ones, others = kinds.setdefault((source.dtype, source.device), ([], []))
-        ones.append(source.to_local() if _is_sharded(source) else source)
-        others.append(target.to_local() if _is_sharded(target) else target)
+        ones.append(_own_part(source))
+        others.append(_own_part(target))
     for ones, others in kinds.values():
         torch._foreach_copy_(others, ones)
 
@@ -1096,6 +1102,10 @@ def _has_tensors(value: Any) -> bool:
 
 def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, as FSDP2 makes
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ class Baseline(ABC):
         self.initial_lr = max(float(group["lr"]) for group in optimizer.param_groups)
         self.num_steps = 0
 
+    def prepare(self) -> None:  # noqa: B027
+        """What comes before the forward pass: nothing."""
+
     @abstractmethod
     def step(self, loss: float | Tensor) -> None:
         """Set the rate of the step about to be taken. loss is this rank's training loss, 0-d."""

@@ -19,7 +19,6 @@ from data.meta_stream import MetaStream, schedule_arguments
 from data.text import TextData, TextTask
 from mlr_snet import MetaMLRSNetLR, MLRSNet, train
 from models import build_network
-from training.averaging import Average
 from utils import build_optimizer, data_parallel, gather_hidden, init_distributed, rank, world_size
 
 CPU = torch.device("cpu")
@@ -62,26 +61,17 @@ def end_of(make, schedule_name):
     """Three epochs: the rates, the weights, θ, and the test metrics."""
     task, network = make()
     net = filled(MLRSNet(6).double())
-    average = None
     if schedule_name in ("lookahead", "average"):
         optimizer = build_optimizer("sgd", network.parameters(), 1.0, 0.5, 0.01)
-        options = {}
-        if schedule_name == "average":
-            average = Average(network, 0.9)
-            options = {"meta_point": average}
         schedule = MetaMLRSNetLR(
             optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 3), t_val=1, lr=0.01,
-            gamma="paper", **options,
+            gamma="paper", meta_point=schedule_name, average_decay=0.9,
         )
     else:
         optimizer, schedule = build_baseline(
             schedule_name, "sgd", network, task, 3, 0.1, meta_loss=MetaStream(task, network)
         )
-    steps = []
-    for step in train(data_parallel(network), task, optimizer, schedule, 3):
-        if average:
-            average.update()
-        steps.append(step)
+    steps = list(train(data_parallel(network), task, optimizer, schedule, 3))
     hidden = gather_hidden(steps[-1].hidden)
     return {
         "numbers": torch.tensor([[step.lr, step.loss, step.accuracy] for step in steps], dtype=torch.float64),

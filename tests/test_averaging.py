@@ -10,8 +10,7 @@ from test_scripts import META_TEST, META_TRAIN, SMALL, call, kill_and_resume, re
 from torch import nn
 from torch.func import functional_call
 
-from mlr_snet import hypergradient
-from training.averaging import Average, auto_decay
+from mlr_snet import Average, hypergradient
 
 AVERAGED = [*SMALL, "--num-meta", "100", "--t-val", "2", "--meta-point", "average", "--average"]
 
@@ -29,7 +28,7 @@ def shifted_average(network, decay=0.9):
 def test_hypergradient_at_the_average_equals_autograd_through_the_averaging_step(name):
     network, optimizer = trained(OPTIMIZERS[name])
     average = shifted_average(network)
-    slope = hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), average)
+    slope = hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), average=average)
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     group, ahead = optimizer.param_groups[0], {}
     for (key, parameter), mean in zip(network.named_parameters(), average.weights, strict=True):
@@ -44,25 +43,28 @@ def test_hypergradient_at_the_average_equals_autograd_through_the_averaging_step
 def test_the_meta_point_leaves_the_network_as_it_was_to_the_bit():
     network, optimizer = trained(OPTIMIZERS["momentum"])
     before = [tensor.clone() for tensor in network.state_dict().values()]
-    hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), shifted_average(network))
+    hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99), average=shifted_average(network))
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
 
 
 def test_the_average_is_the_exponential_one_from_the_first_weights_on():
     network = small_network()
     average, weight = Average(network, 0.8), network[0].weight
-    expected = weight.detach().clone()
+    expected, live = weight.detach().clone(), None
     for _ in range(5):
+        average.update()
         with torch.no_grad():
             weight.add_(torch.randn_like(weight))
-        average.update()
-        expected = 0.8 * expected + 0.2 * weight.detach()
-    torch.testing.assert_close(average.weights[0], expected)
+        live = weight.detach().clone()
+        expected = 0.8 * expected + 0.2 * live
+    with average.averaged_weights():
+        torch.testing.assert_close(weight.detach(), expected)
+    assert torch.equal(weight, live)
 
 
-@pytest.mark.parametrize(("steps", "decay"), [(1, 0.9), (50, 0.98), (10**6, 0.999)])
-def test_the_automatic_decay_reaches_back_about_an_epoch_within_its_limits(steps, decay):
-    assert auto_decay(steps) == pytest.approx(decay)
+@pytest.mark.parametrize(("steps", "decay"), [(1, 0.9), (1000, 0.98), (10**6, 0.999)])
+def test_the_automatic_decay_reaches_back_a_twentieth_of_the_run_within_its_limits(steps, decay):
+    assert Average.decay_for(steps) == pytest.approx(decay)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import mlr_snet
 from baselines import build_baseline
 from data import build_task
 from data.meta_stream import MetaStream, schedule_arguments
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, train
+from mlr_snet import Average, MetaMLRSNetLR, MLRSNet, MLRSNetLR, train
 from models import build_network
 from training import folder
-from training.averaging import Average
+from training.averaging import evaluating_average
 from training.folder import provenance
 from utils import build_optimizer
 
@@ -42,17 +42,15 @@ def parts(kind, task, fused, device=CPU):
     if fused:
         optimizer = type(optimizer)(network.parameters(), lr=1.0, weight_decay=0.01, fused=True)
     if kind == "meta-test":
-        return network, optimizer, MLRSNetLR(optimizer, [net], 10, 2, 4)
+        return network, optimizer, MLRSNetLR(optimizer, [net], 8, num_classes=10)
     if kind in ("cosine", "fixed"):
         return network, *build_baseline(kind, "sgd", network, task, 2, 0.1)
-    point = Average(network, 0.9) if kind == "average" else lookahead
+    point = "average" if kind == "average" else "lookahead"
     gamma = 0.01 if kind == "adam" else "auto"
     schedule = MetaMLRSNetLR(
         optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 2), t_val=1, gamma=gamma,
         meta_point=point,
     )
-    if fused:  # torch's other Adam counts its steps on the host, which no accelerator is waited for
-        schedule.adam = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     return network, optimizer, schedule
 
 
@@ -74,11 +72,9 @@ def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatc
 
 
 def loop(built, task):
-    """The scripts' loop over two epochs, with the average's update where there is one."""
+    """The scripts' loop over two epochs."""
     network, optimizer, schedule = built
-    steps = train(network, task, optimizer, schedule, 2)
-    point = getattr(schedule, "meta_point", None)
-    return point.following(steps) if isinstance(point, Average) else steps
+    return train(network, task, optimizer, schedule, 2)
 
 
 @pytest.mark.parametrize("kind", ["meta-test", "lookahead", "adam", "average"])
@@ -119,7 +115,7 @@ def test_fresh_statistics_of_a_compiled_network_compile_nothing():
     task, counter = digits(), CompileCounter()
     network = build_network("resnet8", task.num_classes)
     network.compile(backend=counter)
-    with Average(network, 0.9).swapped_in(task):
+    with evaluating_average(Average(network, 0.9), task):
         assert counter.frame_count == 0
         task.evaluate(network)
     assert counter.frame_count > 0

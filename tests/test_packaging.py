@@ -21,12 +21,12 @@ import torch, utils, training, data, models, mlr_snet
 assert utils.MINE and training.MINE and data.MINE and models.MINE
 network, points = torch.nn.Linear(3, 1), torch.randn(8, 3)
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-loss_on, run = lambda: network(points).square().mean(), {"num_classes": 2, "num_epochs": 3, "steps_per_epoch": 2}
+loss_on, run = lambda: network(points).square().mean(), {"num_steps": 6, "num_classes": 2}
 learning = mlr_snet.MetaMLRSNetLR(optimizer, mlr_snet.MLRSNet(), network, loss_on, **run, t_val=2)
-using = mlr_snet.MLRSNetLR(optimizer, mlr_snet.load_schedules() + mlr_snet.load_schedules("average"), **run)
+using = mlr_snet.MLRSNetLR(optimizer, mlr_snet.load_schedules() + mlr_snet.load_schedules("paper"), **run)
 for schedule in [learning] * 6 + [using] * 6:
     optimizer.zero_grad(); loss_on().backward(); schedule.step(loss_on()); optimizer.step()
-print(mlr_snet.__file__, learning.num_steps, using.num_steps)
+print(mlr_snet.__file__, learning.steps_taken, using.steps_taken)
 """
 
 

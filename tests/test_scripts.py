@@ -140,9 +140,9 @@ def test_a_schedule_learned_on_text_drives_an_image_network(language, tmp_path, 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("schedule", ["shipped", "average", "learned", "multistep", "rtho"])
+@pytest.mark.parametrize("schedule", ["shipped", "recommended", "learned", "multistep", "rtho"])
 def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(reference, tmp_path, schedule, capsys):
-    choice = {"shipped": [], "average": ["--nets", "average"], "learned": ["--nets", reference],
+    choice = {"shipped": [], "recommended": ["--nets", "recommended"], "learned": ["--nets", reference],
               "multistep": ["--schedule", "multistep"], "rtho": ["--schedule", "rtho", "--num-meta", "100"]}[schedule]
     done = call(capsys, META_TEST, *SMALL, *choice, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -158,7 +158,7 @@ def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path, 
 
 def test_torch_hub_gives_the_scheduler_and_the_net():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 10, 3, 2, source="local")
+    schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 6, num_classes=10, source="local")
     schedule.step(2.3)
     assert 0 < schedule.get_last_lr()[0] < schedule.gamma
     net = torch.hub.load(str(ROOT), "mlr_snet", source="local")

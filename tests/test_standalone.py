@@ -1,7 +1,6 @@
 """mlr_snet.py on its own: a lone copy, among foreign modules of the same names, through torch.hub; and the README."""
 
 import itertools
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from torch.nn import functional
 
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules, train
-from training.averaging import Average
 
 ROOT = Path(__file__).resolve().parents[1]
 USE_AND_LEARN = """
@@ -38,7 +36,7 @@ def loss_on(part):
     return torch.nn.functional.cross_entropy(network(points[part]), labels[part])
 
 optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-run = {"num_classes": 2, "num_epochs": 6, "steps_per_epoch": 5}
+run = {"num_steps": 30, "num_classes": 2}
 net = MLRSNet()
 before = [parameter.clone() for parameter in net.parameters()]
 learning = MetaMLRSNetLR(optimizer, net, network, lambda: loss_on(slice(10, 20)), **run, t_val=2)
@@ -61,7 +59,7 @@ HUB = f"""
 import sys
 import torch
 schedule = torch.hub.load({str(ROOT)!r}, "mlr_snet_lr", torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
-                          10, 3, 2, source="local")
+                          6, num_classes=10, source="local")
 schedule.step(2.3)
 assert 0 < schedule.get_last_lr()[0] < schedule.gamma
 net = torch.hub.load({str(ROOT)!r}, "mlr_snet", source="local")
@@ -139,36 +137,55 @@ def network_and_optimizer():
     return network, torch.optim.SGD(network.parameters(), lr=1.0, weight_decay=1e-3)
 
 
-@pytest.mark.parametrize("learning", [False, True])
-def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_path, monkeypatch, learning):
-    monkeypatch.chdir(tmp_path)  # the second example saves a file
-    using, learning_code = (part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:3])
-    code = using
-    if learning:
-        imports, loop = using[:using.index("schedule =")], using[using.index("averaged ="):]
-        code = imports + re.sub(r"\.\.\.  # the same loop.*\n", lambda _: loop, learning_code)
+def blocks_of_the_readme():
+    """The Python of the section on a loop of one's own: using, measuring, scaled gradients, learning."""
+    section = (ROOT / "README.md").read_text().split("## In your own loop")[1].split("In the trainer you")[0]
+    return [part.split("```")[0] for part in section.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("kind", ["use", "measure", "learn"])
+def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # the last example saves a file
+    using, measuring, _, learning = blocks_of_the_readme()
+    imports, loop = using[: using.index("schedule =")], using[using.index("for epoch") :]
+    code = {
+        "use": using, "measure": imports + measuring + loop,
+        "learn": imports + measuring[: measuring.index("batches = ")] + learning.replace("...  #", loop + "#"),
+    }[kind]
     task = Batches()
     network, optimizer = network_and_optimizer()
-    names = {"torch": torch, "functional": functional, "itertools": itertools, "network": network,
-             "optimizer": optimizer, "loader": task.loader, "held_out": task.held_out}
+    names = {"torch": torch, "functional": functional, "network": network, "optimizer": optimizer,
+             "loader": task.loader, "held_out": task.held_out}
     exec(code, names)
+    mine = names["schedule"]
 
     other, optimizer = network_and_optimizer()
-    arguments = schedule_arguments(task, 90)
-    if learning:
+    arguments = schedule_arguments(task, 90) | {"cooldown": 0.2}
+    if kind == "learn":
         net = MLRSNet()
-        schedule = MetaMLRSNetLR(optimizer, net, other, MetaStream(task, other), **arguments, t_val=10)
+        schedule = MetaMLRSNetLR(optimizer, net, other, MetaStream(task, other), **arguments, meta_point="average")
     else:
-        schedule = MLRSNetLR(optimizer, load_schedules("average"), **arguments)
-    average = Average(other, 1 - 1 / task.steps_per_epoch)
-    steps = list(average.following(train(other, task, optimizer, schedule, 90)))
-    assert len(steps) == names["schedule"].num_steps == 180
-    assert names["schedule"].get_last_lr() == schedule.get_last_lr()
-    pairs = [(network, other), *zip(names["schedule"].nets, schedule.nets, strict=True)]
-    same = [(one.parameters(), two.parameters()) for one, two in pairs]
-    same.append((names["averaged"].module.parameters(), average.weights))  # what their starts differ in has died away
-    for ones, others in same:
-        assert all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
-    if learning:
+        schedule = MLRSNetLR(optimizer, load_schedules(), **arguments, gamma=mine.gamma)
+    steps = list(train(other, task, optimizer, schedule, 90))
+    assert len(steps) == mine.steps_taken == 180
+    assert mine.get_last_lr() == schedule.get_last_lr()
+    for one, two in [(network, other), *zip(mine.nets, schedule.nets, strict=True)]:
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    if kind == "learn":
         saved = torch.load("schedule.pth", weights_only=True)
         assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
+
+
+def test_the_readmes_lines_for_a_grad_scaler_run_in_its_loop():
+    using, _, scaling, _ = blocks_of_the_readme()
+    attaching, stepping = scaling.split("\n", 1)
+    before, after = using.split("        loss.backward()\n")
+    assert after.count("\n") == 2  # step(loss) and optimizer.step()
+    code = before.replace("for epoch", f"{attaching}\nfor epoch")
+    code += "".join(f"        {line}\n" for line in stepping.splitlines())
+    task = Batches()
+    network, optimizer = network_and_optimizer()
+    names = {"functional": functional, "network": network, "optimizer": optimizer, "loader": task.loader,
+             "scaler": torch.amp.GradScaler("cpu")}
+    exec(code, names)
+    assert names["schedule"].steps_taken == 180 and names["schedule"].get_last_lr()[0] > 0

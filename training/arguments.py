@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, STREAMED, TEXTS
+from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, TEXTS
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
@@ -84,7 +84,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"), metavar="RATE",
         help="decay of the average per step; auto averages over about a twentieth of the run (default: auto)")
     for flag in AUTHORS:
-        add(flag, action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        add(flag, action=Refused, dest=f"authors {flag}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def add_scale(add: Callable[..., Any]) -> None:
@@ -243,8 +243,6 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
         own = own | IMAGENET_DEFAULTS
     if args.dataset in PUBLISHED_CORRUPTED:
         own = own | {"num_meta": min(defaults.get("num_meta", 0), PUBLISHED_CORRUPTED[args.dataset])}
-    if args.workers is not None and args.dataset not in STREAMED:
-        raise ValueError(f"--workers is for {' and '.join(STREAMED)}; {args.dataset} lies in memory, leave it out")
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")

@@ -92,7 +92,8 @@ def in_flags(message: str, names: Iterable[str]) -> str:
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     first, space, rest = message.partition(" ")
     message = flags.get(first, first) + space + rest
-    return re.sub(r"(?<![\w-])\w+_\w+\b", lambda word: flags.get(word[0], word[0]), message)
+    message = re.sub(r"\b(try|needs) (dataset|corruption)\b", r"\1 --\2", message)
+    return re.sub(r"(?<![\w/.-])\w+_\w+(?![\w/.])", lambda word: flags.get(word[0], word[0]), message)
 
 
 @contextlib.contextmanager

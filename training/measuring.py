@@ -71,7 +71,7 @@ def measure(
     try:
         with averaged_gradients(network):
             result = find(network, optimizer, TrainStream(task, network), num_steps, task.clip)
-    except (ImageFileError, RuntimeError) as error:  # met by this rank alone, while the others wait in a collective
+    except (ImageFileError, OSError, RuntimeError) as error:  # on this rank only; the others wait in a collective
         if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
             raise
         print(f"error: the LR scale could not be measured ({first_line(error)})", file=sys.stderr)

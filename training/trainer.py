@@ -22,7 +22,7 @@ from data.text import TextTask
 from mlr_snet import Average, Schedule, Step, train
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
-from training.command_line import is_out_of_memory
+from training.command_line import in_flags, is_out_of_memory
 from training.folder import Checkpoint, Cost, FolderLock, Metrics, contents, provenance
 from training.log import Log
 from training.measuring import Measurement
@@ -183,7 +183,7 @@ class Trainer:
         if isinstance(error, FloatingPointError):
             return f"diverged: {error}"
         if isinstance(error, (OSError, RanksDiffer, ImageFileError)):
-            return f"error: {' '.join(str(error).split())}"
+            return f"error: {in_flags(' '.join(str(error).split()), vars(self.args))}"
         if is_out_of_memory(error):
             return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
         if isinstance(error, RuntimeError) and is_lost_rank(error):
@@ -234,7 +234,7 @@ class Trainer:
 
     def _tell_gamma(self) -> None:
         """Print and log γ where a schedule has set it anew."""
-        gamma = getattr(self.schedule, "gamma", self.gamma)
+        gamma = getattr(self.schedule, "gamma", math.nan)
         if gamma != self.gamma and not math.isnan(gamma):
             self.gamma = gamma
             self.log.gamma(self.step, gamma)
