@@ -576,7 +576,7 @@ class MLRSNetLR:
     def _envelope(self) -> float:
         """e(t) of the step about to be taken."""
         done = self.steps_taken / self.num_steps
-        num_warmup = int(self.warmup * self.num_steps)
+        num_warmup = round(self.warmup * self.num_steps)
         rise = min(1.0, (self.steps_taken + 1) / (num_warmup + 1))  # never 0, which would waste a step
         if not self.cooldown:
             return rise
