@@ -1071,7 +1071,12 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor."""
+    """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor.
+
+    Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
+    """
+    options = vars(optimizer)
+    scaling: Options = {name: options.pop(name) for name in ("grad_scale", "found_inf") if name in options}
     weights = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
     entries = [*optimizer.state.values(), *optimizer.param_groups]
     tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
@@ -1090,6 +1095,7 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
                 for name in entry.keys() - values.keys():
                     del entry[name]
                 entry.update(values)
+            options.update(scaling)
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
