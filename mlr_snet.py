@@ -507,9 +507,8 @@ class MLRSNetLR:
     ):
         if isinstance(nets, (str, MLRSNet)):
             nets = load_schedules(nets) if isinstance(nets, str) else [nets]
-        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = wrapped  # by Accelerate or Lightning
-        self.optimizer, self.nets, self.num_steps = optimizer, list(nets), _check_count("num_steps", num_steps)
+        self.optimizer, self.nets = unwrapped(optimizer), list(nets)
+        self.num_steps = _check_count("num_steps", num_steps)
         self._check_nets()
         self.num_classes, self.perplexity, self.scale_loss = num_classes, perplexity, scale_loss
         self.chosen_gamma = self._check_gamma(gamma)
@@ -527,7 +526,7 @@ class MLRSNetLR:
         self.level: float | None = None  # as read by prepare()
         self.handle: RemovableHandle | None = None  # of attach()
         self.was_stepped = False  # whether the optimizer has taken a step before the schedule's first
-        self.watch = optimizer.register_step_post_hook(lambda *_: setattr(self, "was_stepped", True))
+        self.watch = self.optimizer.register_step_post_hook(lambda *_: setattr(self, "was_stepped", True))
 
     def prepare(self) -> None:
         """Read scale_loss now, where the coming step will set γ from it: before the forward pass, as the authors do.
@@ -1025,6 +1024,13 @@ def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
     """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer that Accelerate or Lightning has wrapped, or itself."""
+    while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = wrapped
+    return optimizer
 
 
 def bare_step(optimizer: Optimizer) -> None:

@@ -31,6 +31,7 @@ from mlr_snet import (
     preserved,
     preserved_optimizer,
     set_lr,
+    unwrapped,
     without_gradients,
 )
 
@@ -126,7 +127,7 @@ def measure_lr_scale(
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
-    budget = max(150, num_steps // 20) if budget is None else budget
+    optimizer, budget = unwrapped(optimizer), max(150, num_steps // 20) if budget is None else budget
     if num_steps < 1 or budget < RANGE_STEPS + 15:
         raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 15}")
     usual, factor = usual_lr(optimizer), run_over_trial(optimizer)
