@@ -207,13 +207,18 @@ def test_a_flipped_bit_in_the_checkpoint_is_detected_or_harmless(finished, tmp_p
         assert done.returncode == 2 and "damaged" in done.stderr and tree(folder) == before
 
 
-def test_resuming_on_other_data_is_refused(tmp_path, capsys):
+def test_resuming_on_other_data_is_refused_and_on_the_same_elsewhere_allowed(tmp_path, capsys):
     words = "one two three four five six seven eight nine ten\n"
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(words * 40)
     flags = ["--network", "lstm2", "--dataset", "text", "--data-root", tmp_path, "--embed-size", "8",
-             "--num-epoch", "1", "--batch-size", "2", "--seq-len", "10", "--device", "cpu"]
+             "--num-epoch", "1", "--batch-size", "2", "--seq-len", "10", "--device", "cpu", "--t-val", "5"]
     assert call(capsys, META_TRAIN, *flags, "--out", tmp_path / "run").returncode == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for split in ("train", "valid", "test"):
+        (moved / f"{split}.txt").write_text((tmp_path / f"{split}.txt").read_text())
+    assert call(capsys, META_TRAIN, "--resume", "--data-root", moved, "--out", tmp_path / "run").returncode == 0
     (tmp_path / "train.txt").write_text(words * 30)
     before = tree(tmp_path)
     done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path / "run")

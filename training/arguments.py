@@ -180,11 +180,13 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
         resumed = parser.parse_args(_command_line(parser, stored))
     except argparse.ArgumentError as error:
         raise ValueError(f"{record} is damaged: {error}") from None
-    for name in given - {"resume", "out"}:
+    for name in given - {"resume", "out", "data_root"}:
         if plain(getattr(args, name)) != plain(getattr(resumed, name)):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--resume continues with the run's own {flag} {stored[name]}; leave {flag} out")
     resumed.out, resumed.resume, resumed.script = args.out, True, args.script
+    if "data_root" in given:  # the data may have moved: the checkpoint knows their fingerprint
+        resumed.data_root = args.data_root
     return resumed
 
 
