@@ -1,21 +1,16 @@
 """MLR-SNet in the train step of an ignite Engine. Add "learn" to learn a schedule."""
 
-import sys
-import tempfile
-from pathlib import Path
-
 import torch
-from example_data import accuracy, build_network, meta_loss_of, train_loader
+from example_data import build_network, main
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules
 
-
-def train(network, optimizer, schedule, loader, num_epochs, checkpoint, accumulation=2, clip=0.5):
+def train(network, optimizer, make_schedule, loader, num_epochs, checkpoint, accumulation=2, clip=0.5):
     """Train, from the checkpoint on if there is one, and leave one at the end."""
+    schedule = make_schedule(optimizer=optimizer, num_steps=num_epochs * len(loader) // accumulation)
     losses = []
 
     def train_step(engine, batch):
@@ -37,16 +32,9 @@ def train(network, optimizer, schedule, loader, num_epochs, checkpoint, accumula
     saver = DiskSaver(checkpoint.parent, require_empty=False)
     trainer.add_event_handler(Events.COMPLETED, Checkpoint(parts, saver, filename_pattern=checkpoint.name))
     trainer.run(loader, num_epochs)
+    return schedule
 
 
 if __name__ == "__main__":
-    network, loader = build_network(), train_loader()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    run = {"num_classes": 10, "num_epochs": 4, "steps_per_epoch": len(loader) // 2}
-    if "learn" in sys.argv:
-        schedule = MetaMLRSNetLR(optimizer, MLRSNet(), network, meta_loss_of(network), **run, t_val=10)
-    else:
-        schedule = MLRSNetLR(optimizer, load_schedules(), **run)
-    with tempfile.TemporaryDirectory() as folder:
-        train(network, optimizer, schedule, loader, 4, Path(folder) / "checkpoint.pt")
-    print(f"rate {schedule.get_last_lr()[0]:.4f}, test accuracy {accuracy(network):.1f} %")
+    network = build_network()
+    main(train, network, torch.optim.SGD(network.parameters(), lr=0.1), num_classes=10)

@@ -1,16 +1,12 @@
 """MLR-SNet in the Hugging Face Trainer: a small language model of Python's documentation. Add "learn" to learn."""
 
 import pydoc_data.topics
-import sys
 import tempfile
-from functools import partial
 
-import example_data  # noqa: F401 (finds mlr_snet in a clone)
 import torch
+from example_data import use_or_learn
 from mlr_snet_transformers import MLRSNetTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, load_schedules
 
 if __name__ == "__main__":
     text = "".join(pydoc_data.topics.topics.values())[: 64 * 1020]
@@ -28,19 +24,14 @@ if __name__ == "__main__":
     def meta_loss():
         return model(input_ids=held_out, labels=held_out).loss
 
-    language = {"num_classes": len(characters), "perplexity": True}
-    schedule = partial(MLRSNetLR, nets=load_schedules(), **language)
-    if "learn" in sys.argv:
-        schedule = partial(
-            MetaMLRSNetLR, net=MLRSNet(), network=model, meta_loss=meta_loss, t_val=10, **language
-        )
+    schedule = use_or_learn(model, meta_loss, num_classes=len(characters), perplexity=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=2, per_device_train_batch_size=8, gradient_accumulation_steps=2, optim="sgd",
-            learning_rate=1.0, max_grad_norm=0.5, use_cpu=True, report_to="none", save_strategy="no", logging_steps=20,
+            max_grad_norm=0.5, warmup_steps=5, use_cpu=True, report_to="none", save_strategy="no", logging_steps=20,
         )
         trainer = MLRSNetTrainer(model, arguments, train_dataset=train_rows, schedule=schedule)
         trainer.train()
     with torch.no_grad():
         perplexity = meta_loss().exp().item()
-    print(f"rate {trainer.lr_scheduler.get_last_lr()[0]:.4f}, held-out perplexity {perplexity:.1f}")
+    print(f"{trainer.state.global_step} steps, held-out perplexity {perplexity:.1f}")
