@@ -1,7 +1,7 @@
 """MLR-SNet in Lightning: a callback that sets the rate of every optimizer step, or learns to.
 
-    use = partial(MLRSNetLR, nets=load_schedules(), num_classes=10)
-    learn = partial(MetaMLRSNetLR, net=MLRSNet(), network=module, meta_loss=meta_loss, num_classes=10)
+    use = partial(MLRSNetLR, nets="recommended", num_classes=10, cooldown=0.2)
+    learn = partial(MetaMLRSNetLR, net=MLRSNet(), network=module, meta_loss=meta_loss, num_classes=10, cooldown=0.2)
     Trainer(callbacks=[MLRSNetCallback(use)], max_epochs=90).fit(module, loader)
 
 Lightning has no hook between clipping and the update: on_before_optimizer_step comes before the clipping. So the
@@ -12,26 +12,51 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mlr_snet import MLRSNetLR
 
+SET_RATES_THEMSELVES = {  # and what to use in their place
+    StochasticWeightAveraging: "average the weights by WeightAveraging or EMAWeightAveraging",
+    BaseFinetuning: "unfreeze layers and add their group to the optimizer in the module's on_train_epoch_start",
+    LearningRateFinder: "give the schedule gamma=lambda: measure_lr_scale(...).gamma",
+}
+
 
 class MLRSNetCallback(Callback):
     """Drives the module's optimizer; `schedule` is the schedule from the start of training on.
 
-    make_schedule is called with optimizer, num_epochs and steps_per_epoch, in optimizer steps, and returns the
-    schedule. The applied rate is logged as "lr"; the state goes into the checkpoint. Raises ValueError for manual
-    optimization, for a scheduler beside this one, and for a run without an end.
+    make_schedule is called with optimizer and num_steps, the planned optimizer steps, and returns the schedule. The
+    applied rate is logged as "lr"; the state goes into the checkpoint. Where a checkpoint has none, the schedule starts
+    at the run's step of the plan, with a warning. Raises ValueError for manual optimization, for a scheduler or a
+    callback that sets rates beside this one, and for a run without a planned end.
     """
 
     def __init__(self, make_schedule: Callable[..., MLRSNetLR]):
         self.make_schedule = make_schedule
         self.schedule: MLRSNetLR | None = None
         self.saved: dict[str, Any] = {}
-        self.losses: list[Tensor] = []  # of the micro-batches since the last step, over accumulate_grad_batches
+        self.losses: list[Tensor] = []  # of the micro-batches since the last step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.global_step == 0:
+            self.saved = {}  # of another run
+        for callback in trainer.callbacks:
+            for kind, instead in SET_RATES_THEMSELVES.items():
+                if stage == "fit" and isinstance(callback, kind):
+                    name = type(callback).__name__
+                    raise ValueError(f"{name} sets learning rates itself, as MLRSNetCallback does: {instead}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
@@ -41,14 +66,16 @@ class MLRSNetCallback(Callback):
             )
         if trainer.lr_scheduler_configs:
             raise ValueError("configure_optimizers returns a scheduler, too: return the optimizer alone")
-        num_epochs, steps_per_epoch = planned_run(trainer)
-        self.schedule = self.make_schedule(
-            optimizer=trainer.optimizers[0], num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
-        )
+        self.schedule = self.make_schedule(optimizer=trainer.optimizers[0], num_steps=planned_steps(trainer))
         if self.saved:
             self.schedule.load_state_dict(self.saved)
-            self.saved = {}
-        self.accumulation = trainer.accumulate_grad_batches
+        elif trainer.global_step:
+            self.schedule.steps_taken = trainer.global_step
+            rank_zero_warn(
+                f"the checkpoint has no state of a schedule: it starts at step {trainer.global_step} of the "
+                f"{self.schedule.num_steps} planned, with a fresh hidden state, and sets γ there"
+            )
+        self.saved = {}
         self.handle = self.schedule.attach(self.next_loss)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -56,14 +83,14 @@ class MLRSNetCallback(Callback):
         self.losses = []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Lightning has divided the loss by the present accumulation, and fp16 has scaled it."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.losses.append(loss.detach() / scaler.get_scale() if scaler else loss.detach())
+        scale = scaler.scale(torch.ones_like(loss)) if scaler else 1.0
+        self.losses.append(loss.detach() * trainer.accumulate_grad_batches / scale)
 
     def next_loss(self) -> Tensor | None:
-        """The mean loss of the window. The last one of an epoch can be short; Lightning divides by the full length."""
-        if not self.losses:
-            return None  # every training_step returned None
-        return sum(self.losses) * (self.accumulation / len(self.losses))
+        """The mean loss of the window; None where every training_step returned None."""
+        return torch.stack(self.losses).mean() if self.losses else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self.schedule:
@@ -72,6 +99,7 @@ class MLRSNetCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.schedule:
             self.handle.remove()
+            self.saved = self.schedule.state_dict()  # for another fit() of this trainer, which goes on
 
     def state_dict(self) -> dict[str, Any]:
         return self.schedule.state_dict() if self.schedule else self.saved
@@ -80,12 +108,24 @@ class MLRSNetCallback(Callback):
         self.saved = state_dict  # Lightning restores callbacks before it builds the optimizer
 
 
-def planned_run(trainer: Trainer) -> tuple[int, int]:
-    """The epochs of a run and the optimizer steps of each. A run planned in steps has about 30 equal "epochs"."""
-    steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    if trainer.max_steps == -1 and math.isfinite(steps_per_epoch) and trainer.max_epochs != -1:
-        return trainer.max_epochs, math.ceil(steps_per_epoch)
-    if trainer.max_steps == -1:
-        raise ValueError("the run has no end: give the Trainer max_steps, or max_epochs and a loader with a length")
-    steps = max(1, trainer.max_steps // 30)
-    return trainer.max_steps // steps, steps
+def planned_steps(trainer: Trainer) -> int:
+    """The optimizer steps of the run, with a warning where something else may end it earlier.
+
+    Raises ValueError for a run that only a time limit or nothing ends.
+    """
+    num_steps, num_batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    for callback in trainer.callbacks:
+        is_changing = isinstance(callback, GradientAccumulationScheduler)
+        if is_changing and trainer.max_epochs != -1 and math.isfinite(num_batches):
+            accumulations = map(callback.get_accumulate_grad_batches, range(trainer.max_epochs))
+            num_steps = sum(math.ceil(num_batches / accumulation) for accumulation in accumulations)
+            num_steps = num_steps if trainer.max_steps == -1 else min(num_steps, trainer.max_steps)
+    if not 0 < num_steps < math.inf:
+        raise ValueError(
+            "the run has no planned end: give the Trainer max_steps, or max_epochs and a loader with a length"
+        )
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):
+        rank_zero_warn(f"the schedule plans {num_steps} steps; max_time may end the run before them")
+    if trainer.max_epochs != -1 and math.isinf(num_batches):
+        rank_zero_warn(f"the schedule plans {num_steps} steps; max_epochs may end the run before them")
+    return int(num_steps)
