@@ -1,7 +1,8 @@
 """MLR-SNet in the Hugging Face Trainer: sets the rate of every optimizer step, or learns to.
 
-    use = partial(MLRSNetLR, nets=load_schedules(), num_classes=1000, perplexity=True)  # a vocabulary of 1,000
-    learn = partial(MetaMLRSNetLR, net=MLRSNet(), network=model, meta_loss=meta_loss, num_classes=1000, perplexity=True)
+    language = {"num_classes": len(tokenizer), "perplexity": True, "cooldown": 0.2}
+    use = partial(MLRSNetLR, nets="recommended", gamma=0.001, **language)
+    learn = partial(MetaMLRSNetLR, net=MLRSNet(), network=model, meta_loss=meta_loss, gamma=0.001, **language)
     MLRSNetTrainer(model, args, train_dataset=texts, schedule=use).train()
 
 No callback of the Trainer gets the loss, and its scheduler slot is stepped after the update, without one. So
@@ -9,7 +10,7 @@ training_step collects the loss, the schedule attaches to the optimizer and acts
 logs and saves it. For another Trainer: class MyTrainer(MLRSNetTrainer, SFTTrainer).
 """
 
-import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 
-from mlr_snet import MLRSNetLR
+from mlr_snet import MLRSNetLR, unwrapped
 
 
 class SchedulerSlot:
@@ -26,9 +27,15 @@ class SchedulerSlot:
 
     def __init__(self, schedule: MLRSNetLR):
         self.schedule = schedule
+        self.is_restored = False
         self.get_last_lr = schedule.get_last_lr
         self.state_dict = schedule.state_dict
-        self.load_state_dict = schedule.load_state_dict
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignores the state of one of the Trainer's own schedulers."""
+        if "nets" in state:
+            self.schedule.load_state_dict(state)
+            self.is_restored = True
 
     def step(self) -> None:
         pass
@@ -37,8 +44,10 @@ class SchedulerSlot:
 class MLRSNetTrainer(Trainer):
     """The Trainer, its optimizer driven by a schedule.
 
-    schedule is called with optimizer, num_epochs and steps_per_epoch, in optimizer steps, and returns the schedule;
-    from then on it is trainer.lr_scheduler.schedule. Raises ValueError for another scheduler, warm-up and DeepSpeed.
+    schedule is called with optimizer and num_steps, the planned optimizer steps, and returns the schedule; from then on
+    it is trainer.lr_scheduler.schedule. The Trainer's warm-up becomes the schedule's, unless that has one. Where a
+    checkpoint has no state of a schedule, it starts at the run's step of the plan, with a warning. Raises ValueError
+    for another scheduler, for more warm-up than the run has room for, and for DeepSpeed.
     """
 
     lr_scheduler: SchedulerSlot | None
@@ -56,33 +65,45 @@ class MLRSNetTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> SchedulerSlot:
         if self.lr_scheduler is None:
-            warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            if warmup_steps:
-                raise ValueError(f"{warmup_steps} warm-up steps: a learned schedule has none; leave warmup_steps at 0")
             if self.handle:
                 self.handle.remove()  # of an earlier train() with the same optimizer
-            num_epochs, steps_per_epoch = self.planned_run(num_training_steps)
-            schedule = self.make_schedule(
-                optimizer=optimizer or self.optimizer, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
-            )
+            optimizer = unwrapped(optimizer or self.optimizer)  # so that a function can measure with it
+            schedule = self.make_schedule(optimizer=optimizer, num_steps=num_training_steps)
+            self.set_warmup(schedule, self.args.get_warmup_steps(num_training_steps), num_training_steps)
             self.handle, self.window = schedule.attach(self.next_loss), -1
             self.lr_scheduler = SchedulerSlot(schedule)
             self._created_lr_scheduler = True  # the next train() makes a new one
         return self.lr_scheduler
 
-    def planned_run(self, num_training_steps: int) -> tuple[int, int]:
-        """The epochs of a run and the optimizer steps of each. A run planned in steps has about 30 equal "epochs"."""
-        if self.args.max_steps <= 0:
-            return math.ceil(self.args.num_train_epochs), math.ceil(num_training_steps / self.args.num_train_epochs)
-        steps = max(1, num_training_steps // 30)
-        return num_training_steps // steps, steps
+    def set_warmup(self, schedule: MLRSNetLR, warmup_steps: int, num_steps: int) -> None:
+        """Give the schedule the Trainer's warm-up, unless it has one of its own."""
+        share = warmup_steps / num_steps
+        if not schedule.warmup:
+            if share + schedule.cooldown > 1:
+                raise ValueError(
+                    f"warmup_steps {warmup_steps} and the schedule's cooldown {schedule.cooldown}: together more than "
+                    f"the {num_steps} steps of the run; lower one of them"
+                )
+            schedule.warmup = share
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.window == -1:
+            self.find_place()
         loss = super().training_step(*args, **kwargs)  # this micro-batch's part of the mean over the window
         if self.window != self.state.global_step:
             self.window, self.window_loss = self.state.global_step, 0.0
         self.window_loss = self.window_loss + loss
         return loss
+
+    def find_place(self) -> None:
+        """Start at the run's step of the plan where its first steps had no schedule."""
+        slot, step = self.lr_scheduler, self.state.global_step
+        if slot and step and not slot.is_restored:
+            slot.schedule.steps_taken = step
+            warnings.warn(
+                f"the checkpoint has no state of a schedule: it starts at step {step} of the "
+                f"{slot.schedule.num_steps} planned, with a fresh hidden state, and sets γ there", stacklevel=2,
+            )
 
     def next_loss(self) -> Tensor | float:
         return self.window_loss
