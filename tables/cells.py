@@ -130,7 +130,10 @@ def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) ->
         arguments.pop("optimizer", None)
     if not method.has_momentum:
         arguments.pop("momentum", None)
-    return arguments | dict(method.flags)
+    arguments |= method.flags
+    if preset == "smoke" and method.t_val:
+        arguments["t-val"] = str(min(method.t_val, 4))  # it has few steps
+    return arguments
 
 
 def _constant_lr(line: Arguments) -> str:

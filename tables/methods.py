@@ -41,7 +41,7 @@ class Method:
             return SCHEDULES[self.schedule].knows_length
         if self.script == "meta-train":
             return self.t_val is None  # as many updates in a run of any length
-        return self.flags.get("nets") != "average"  # the three nets share the run
+        return self.flags.get("nets") != "recommended"  # one net; the three share the run
 
     @property
     def has_own_direction(self) -> bool:
@@ -92,11 +92,12 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (learning, average, T_val 10, gamma 1.34)": "meta-train meta-point=average t-val=10 gamma=1.34",
     "MLR-SNet (learning, average, T_val 10, gamma 17)": "meta-train meta-point=average t-val=10 gamma=17",
     "MLR-SNet (transferred)": "meta-test schedule=mlr-snet",
+    "MLR-SNet (transferred, without momentum)": "meta-test schedule=mlr-snet momentum=0",  # as the authors' script
     # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
     "MLR-SNet (transferred, gamma 0.067)": "meta-test schedule=mlr-snet gamma=0.067",
-    "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=average",
+    "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=recommended",
     "MLR-SNet (transferred, measured)": "meta-test schedule=mlr-snet gamma=measured",
-    "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=average gamma=measured",
+    "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=recommended gamma=measured",
     **{name: f"meta-test schedule={name}" for name in PLAIN},
     **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
     **{f"{name} (constant)": f"meta-test schedule={name}" for name in DECAYING},

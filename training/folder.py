@@ -147,7 +147,8 @@ class Checkpoint:
     def __init__(self, args: argparse.Namespace, fingerprint: str, parts: dict[str, Any]):
         self.path, self.parts, self.seed = args.out / "checkpoint.pth", parts, args.seed
         self.data_root, self.fingerprint = args.data_root, fingerprint
-        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in ("out", "resume", "data_root")}
+        where = ("out", "resume", "data_root")  # may change from one start to the next
+        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in where}
 
     def save(self, step: int, hidden: Any) -> None:
         """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""

@@ -14,9 +14,8 @@ from torch.func import functional_call
 from baselines import build_baseline
 from data import build_task
 from data.meta_stream import MetaStream, schedule_arguments
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lookahead, lr_scale, train
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, lr_scale, train
 from models import build_network
-from training.averaging import Average, auto_decay
 from utils import autocast, build_optimizer
 
 LR, WEIGHT_DECAY = 0.1, 5e-4  # of the network's SGD, which has no momentum
@@ -67,21 +66,19 @@ def plain_step(setting: Setting, network: nn.Module | None = None, task: Any = N
 def learned_step(setting: Setting, t_val: int | None, at_average: bool = False) -> Step:
     """SGD at the rates of an MLR-SNet that learns every t_val-th step (None: never), in the project's loop.
 
-    With at_average the loop keeps a running average of the weights, and the meta gradient is taken there.
+    With at_average the schedule keeps a running average of the weights, and the meta gradient is taken there.
     """
     network, task = new_network(setting), setting.task
     optimizer = build_optimizer("sgd", network.parameters(), LR, 0.0, WEIGHT_DECAY)
     net = MLRSNet().to(setting.device)
-    schedule = MLRSNetLR(optimizer, [net], task.num_classes, ENDLESS, task.steps_per_epoch)
-    average = Average(network, auto_decay(task.steps_per_epoch)) if at_average else None
-    if t_val is not None:
-        point = average or lookahead
+    if t_val is None:
+        schedule = MLRSNetLR(optimizer, net, **schedule_arguments(task, ENDLESS))
+    else:
         schedule = MetaMLRSNetLR(
             optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, ENDLESS), t_val=t_val,
-            meta_point=point,
+            meta_point="average" if at_average else "lookahead",
         )
-    steps = train(network, task, optimizer, schedule, ENDLESS)
-    return partial(next, average.following(steps) if average else steps)
+    return partial(next, train(network, task, optimizer, schedule, ENDLESS))
 
 
 def loss_of(task: Any, batch: Any, network: Any) -> Tensor:

@@ -72,8 +72,8 @@ class Learned:
 
 
 SCHEDULES: dict[str, Rate | str] = {  # a rate, or the name of a shipped set of nets
-    "MLR-SNet (shipped nets)": "shipped",
-    "MLR-SNet (average net)": "average",
+    "MLR-SNet (shipped nets)": "paper",
+    "MLR-SNet (average net)": "recommended",
     "cosine": lambda step, num_steps, losses: (1 + math.cos(math.pi * step / num_steps)) / 2,
     "1/sqrt(t)": lambda step, num_steps, losses: 1 / math.sqrt(step + 1),
     "fixed": lambda step, num_steps, losses: 1.0,
