@@ -18,7 +18,7 @@ from utils import ROOT, build_optimizer
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of a table: a method with one seed, on one line or on lines that differ in their length alone."""
+    """A run of a table: a method with one seed, on one line or on lines that differ in their length only."""
 
     method: Method
     seed: int

@@ -98,7 +98,7 @@ class CellRun:
             self.process = subprocess.Popen(
                 [*command, "--out", str(self.folder)], stdout=subprocess.DEVNULL, stderr=errors,
                 env={"OMP_NUM_THREADS": str(self.threads), **os.environ},  # which may set it, too
-                start_new_session=True,  # a Ctrl-C reaches the run through stop() alone
+                start_new_session=True,  # a Ctrl-C reaches the run through stop() only
             )
             if self.stopped:  # while it was being started
                 self.process.terminate()

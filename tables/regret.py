@@ -35,6 +35,10 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
     draw_profile(folder / "regret.png", summaries, highlight)
     near = [peak["measured_over_best"] for peak in peaks if peak["measured_over_best"] is not None]
     shares = [len([ratio for ratio in near if 1 / factor <= ratio <= factor]) for factor in (2, 3)]
+    measured = (
+        f"The measured rate is within a factor of 2 of the grid's best peak on {shares[0]} of {len(near)} problems, "
+        f"and within 3 on {shares[1]} ([peaks.csv](peaks.csv))."
+    )
     return [
         f"Regret over {len(peaks)} problems, each method with its better weights:", "",
         *markdown(_rows(summaries, highlight)),
@@ -42,9 +46,7 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
         "test data. Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training. "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
         "every result.", "",
-        f"The measured rate is within a factor of 2 of the grid's best peak on {shares[0]} of {len(near)} problems, "
-        f"and within 3 on {shares[1]} ([peaks.csv](peaks.csv)).", "",
-        "![Share of the problems against the regret](regret.png)", "",
+        *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",
     ]
 
 

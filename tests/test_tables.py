@@ -428,6 +428,7 @@ def test_a_table_says_what_its_data_and_network_are():
     (["--table", "own", "--slurm-option", "partition=x"], "--slurm-option belongs to --slurm"),
     (["--table", "own", "--slurm", "--jobs", "2"], "--jobs is for one machine"),
     (["--table", "own", "--slurm", "--slurm-option", "x"], "--slurm-option x: give NAME=VALUE"),
+    (["--render", "nowhere"], "nowhere: has no runs.jsonl; give the folder of a result"),
     (["--table", "own", "--out", ""], "--out: an empty path; give a folder"),
     (["--table", "own", "--out", "x" * 300], "File name too long"),
     (["--table", "own", "--out", str(SCRIPT)], "Not a directory"),
