@@ -7,7 +7,7 @@ from typing import Any
 from utils import ROOT
 
 DEFAULTS = {"timeout_min": "240", "cluster": "slurm"}
-SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "name")  # which submitit takes for every cluster
+SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "name")  # submitit's for any cluster
 MOST_TIMEOUTS = 100  # after so many time limits a job is given up
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from page import write_html
 from records import summarise
-from test_tables import accuracies, run_of
+from test_report import accuracies, run_of
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tables" / "tables.py"
 

@@ -1,0 +1,220 @@
+"""What results say: records, regrets, pages and pictures, from the runs alone; the committed ones among them."""
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from drawing import coloured
+from methods import METHODS
+from records import by_problem, leading, summarise
+from regret import peaks_of, regret_of, regrets_of, shown, summaries_of, zero_marks
+from report import render
+from runs import Run, read, write
+from specs import TABLES
+from words import problem_of
+from writing import INDEX, index_lines, read_csv, read_toml
+
+TABLES_FOLDER = Path(__file__).resolve().parents[1] / "tables"
+RESULTS = sorted((TABLES_FOLDER / "results").iterdir())
+NUMBERS = itertools.count()  # of the runs that tests make up
+
+
+def run_of(method, seed, rows, steps=0, detail="", scale=None, **arguments):
+    """A run as a result keeps it: resnet8 on digits unless the arguments say otherwise; `steps` measured its rate."""
+    arguments = {"network": "resnet8", "dataset": "digits", "num-epoch": 2, "schedule": "fixed", **arguments}
+    arguments |= METHODS[method].flags
+    passes = 10 * arguments["num-epoch"] + steps
+    cost = {"steps_per_epoch": 10, "forward_passes": passes, "backward_passes": 2 * passes, "peak_memory_mib": 100}
+    name = f"{problem_of(arguments)} {detail} {method} {seed}"
+    return Run(
+        next(NUMBERS), name, method, {detail: arguments["num-epoch"]}, "done", seed, METHODS[method].script, "python …",
+        arguments, "abc", {"torch": "2"}, {"gpu": None, "cpu": "a CPU", "threads": 1}, cost,
+        {"scale": scale} if scale else None, [dict(zip(("epoch", "lr", "train_loss"), (n, 0.1, 1.0), strict=True)) | row
+                                              for n, row in enumerate(rows, 1)],
+    )
+
+
+def accuracies(*values, **more):
+    return [{"test_acc": value, "seconds": 2.0, **more} for value in values]
+
+
+def test_a_table_says_what_its_runs_say():
+    results = {"fixed": [(50, 60), (70, 64)], "cosine": [(61, 70), (63, 66)]}
+    runs = [run_of(method, seed, accuracies(*values), steps=10 if method == "cosine" else 0)
+            for method, seeds in results.items() for seed, values in enumerate(seeds)]
+    fixed, cosine = summarise(runs, None)
+    assert (fixed["last_mean"], fixed["best_mean"], cosine["last_mean"]) == (62, 65, 68)
+    assert fixed["last_std"] == pytest.approx(8**0.5)
+    assert cosine["target"] == 62 and cosine["reached"] == 2 and cosine["steps_to_target"] == 15
+    assert cosine["seconds_to_target"] == 3.0 and cosine["relative_forward_passes"] == 1.5
+
+
+@pytest.fixture
+def two_problems():
+    """Images with momentum and text with AdamW, two epochs. The best cosines end at 60 % and at perplexity 50."""
+    text = {"network": "gpt", "dataset": "pydoc", "detail": "AdamW"}
+    results = {"cosine 0.012": 45, "cosine 0.035": 50, "cosine 0.1": 60, "cosine 0.3": 40, "cosine 0.9": 10,
+               "MLR-SNet (transferred, measured)": 59.5, "cosine (measured)": 63, "fixed": 52}
+    perplexities = {"cosine 0.0005": 300, "cosine 0.0014": 100, "cosine 0.004": 55, "cosine 0.012": 52,
+                    "cosine 0.035": 50, "MLR-SNet (transferred, measured)": 60, "cosine (measured)": 51}
+    runs = []
+    for method, last in results.items():
+        average = 58 if method == "fixed" else last
+        steps, scale = (5, 0.2) if "measured" in METHODS[method].flags.values() else (0, None)
+        rows = accuracies(10, last, test_acc_average=average)
+        runs.append(run_of(method, 0, rows, steps, "momentum", scale))
+    for method, last in perplexities.items():
+        rows = [{"test_ppl": value, "test_ppl_average": value, "seconds": 1.0} for value in (70, last)]
+        runs.append(run_of(method, 0, rows, scale=0.007, **text))
+    runs.append(run_of("fixed", 0, [{"test_ppl": 70, "test_ppl_average": 70, "seconds": 1.0}], **text))  # it diverged
+    return runs
+
+
+def test_regret_is_the_distance_from_the_best_cosine_of_the_grid(two_problems):
+    records = summarise(two_problems, None)
+    marks = zero_marks(records)
+    assert {group: mark["method"] for group, mark in marks.items()} == {
+        "resnet8 digits, momentum": "cosine 0.1", "gpt pydoc, AdamW": "cosine 0.035",
+    }
+    found = {(entry["method"], entry["weights"], entry["unit"]): entry["regret"] for entry in regrets_of(records)}
+    assert found["MLR-SNet (transferred, measured)", "live", "points"] == pytest.approx(0.5)
+    assert found["MLR-SNet (transferred, measured)", "live", "%"] == pytest.approx(20)
+    assert found["cosine (measured)", "live", "points"] == pytest.approx(-3)
+    assert found["cosine (measured)", "live", "%"] == pytest.approx(2)
+    assert found["fixed", "live", "points"] == 8 and found["fixed", "averaged", "points"] == 2
+
+
+def test_of_equal_cosines_the_lowest_peak_is_the_best_whatever_the_order_of_the_runs():
+    runs = [run_of(method, 0, accuracies(10, 60)) for method in ("cosine 0.9", "cosine 0.1", "cosine 0.3")]
+    assert zero_marks(summarise(runs, None))["resnet8 digits"]["method"] == "cosine 0.1"
+
+
+def test_a_summary_of_regrets_counts_a_diverged_run_as_an_infinite_one(two_problems):
+    summaries = summaries_of(regrets_of(summarise(two_problems, None)))
+    best, *_, worst = [summary for summary in summaries if summary["weights"] == "live"]
+    assert best["method"] == "cosine (measured)" and best["median"] == pytest.approx(-0.5) and best["close"] == 0.5
+    assert best["worst %"] == pytest.approx(2) and best["relative_steps"] == pytest.approx((25 / 20 + 1) / 2)
+    assert worst["method"] == "fixed" and worst["diverged"] == 1 and worst["mean %"] == float("inf")
+    assert worst["mean points"] == 8 and worst["median"] == float("inf") and worst["close"] == 0
+
+
+def test_the_page_of_regrets_and_the_best_peaks_beside_the_measured_rates(two_problems, tmp_path):
+    records = summarise(two_problems, None)
+    images, text = peaks_of(two_problems, records)
+    assert (images["best_peak"], images["is_end_of_grid"], images["measured"]) == (0.1, False, pytest.approx(0.2))
+    assert (text["best_peak"], text["is_end_of_grid"], text["measured_over_best"]) == (0.035, True, pytest.approx(0.2))
+    page = "\n".join(regret_of(tmp_path, two_problems, records, []))
+    assert "| fixed | averaged | 2.00 | 2.00 | ∞ | ∞ | ∞ | 0 % | 1 | 1.00 |" in page
+    assert "within a factor of 2 of the grid's best peak on 1 of 2 problems" in page
+    assert (tmp_path / "regret.png").stat().st_size > 5_000
+
+
+def test_regrets_are_shown_once_for_every_method_and_mlr_snet_always():
+    names = ["a", "b", "a", *"cdefgh", "ours"]
+    summaries = [{"method": name, "weights": f"{place}", "is_ours": name == "ours"} for place, name in enumerate(names)]
+    chosen = shown(summaries, [], 4)
+    assert [summary["method"] for summary in chosen] == ["a", "b", "c", "ours"] and chosen[0]["weights"] == "0"
+    assert [summary["method"] for summary in shown(summaries, ["h"], 2)] == ["a", "h"]
+
+
+def result_of(folder, runs, **header):
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, {"table": "own", "command": "python …", "target": None, "highlight": [], **header}, runs)
+    render(folder)
+    return (folder / "README.md").read_text()
+
+
+def test_under_label_noise_a_table_shows_the_accuracy_on_the_true_labels(tmp_path):
+    page = result_of(tmp_path, [run_of("fixed", 0, accuracies(50, 50, train_acc=70, train_clean_acc=44))])
+    assert "| fixed | 50.00 | 50.00 | 70.00 | 44.00 |" in page
+    assert "train_clean_acc_mean" in read_csv(tmp_path / "table.csv")[0]
+    assert "training accuracy" not in result_of(tmp_path, [run_of("fixed", 0, accuracies(50, 50))])
+
+
+def test_a_page_shows_a_dozen_methods_the_best_first_and_mlr_snet_always(tmp_path):
+    names = ["MLR-SNet (learning)", *TABLES["own"].methods[1:]]
+    page = result_of(tmp_path, [run_of(name, 0, accuracies(10, 10 + place)) for place, name in enumerate(names)])
+    shown = re.findall(r"^\| ([\w-][^|]*) \| \d", page, re.MULTILINE)
+    assert shown == [*names[:-12:-1], "MLR-SNet (learning)"] and "5 more methods" in page
+    assert len(read_csv(tmp_path / "table.csv")) == len(names)
+
+
+def test_the_lines_of_a_table_stand_side_by_side_with_the_papers_numbers(tmp_path):
+    runs = [run_of("fixed", 0, accuracies(40, last), network=network, dataset="cifar10")
+            for network, last in (("shufflenetv2", 50), ("nasnet", 60))]
+    page = result_of(tmp_path, runs, table="networks")
+    assert "| method | shufflenetv2 cifar10 | nasnet cifar10 |" in page
+    assert "| fixed | 50.00 (paper: ~87.0) | 60.00 (paper: ~87.2) |" in page
+
+
+def test_a_page_of_images_and_text_says_both_units(tmp_path):
+    text = run_of("fixed", 0, [{"test_ppl": 50, "seconds": 1.0}] * 2, network="gpt", dataset="pydoc")
+    page = result_of(tmp_path, [run_of("fixed", 0, accuracies(40, 50)), text])
+    assert "Test accuracy (%) or perplexity after the last epoch:" in page and "| fixed | 50.00 | 50.00 |" in page
+
+
+def test_a_new_run_of_a_table_does_not_get_the_reading_of_the_committed_one(tmp_path):
+    reading = read_toml("readings.toml")["first-desk"]["reading"]
+    runs = [run_of("fixed", 0, accuracies(1, 2))]
+    pages = [result_of(tmp_path / parent / "first-desk", runs, table="first") for parent in ("result", "results")]
+    assert [reading in page for page in pages] == [False, True]
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    runs = [run_of("fixed", 0, accuracies(50, 60)), run_of("cosine (measured)", 1, [], scale=0.1)]
+    write(tmp_path, {"table": "own"}, runs)
+    assert read(tmp_path) == ({"table": "own"}, runs)
+
+
+@pytest.mark.parametrize("result", [
+    folder if folder.name in ("first-desk", "untuned-desk", "benchmark-resnet8-cpu", "convergence")
+    else pytest.param(folder, marks=pytest.mark.slow) for folder in RESULTS
+], ids=lambda folder: folder.name)
+def test_a_committed_page_follows_from_its_runs_and_metrics(tmp_path, result):
+    copy = tmp_path / "results" / result.name
+    shutil.copytree(result, copy, ignore=shutil.ignore_patterns("README.md", "table.csv", "*.png"))
+    render(copy)
+    for name in ("README.md", "table.csv"):
+        if (result / name).exists():
+            assert (copy / name).read_text() == (result / name).read_text()
+    assert {path.name for path in copy.iterdir()} == {path.name for path in result.iterdir()}
+
+
+def test_every_committed_result_has_a_reading_of_at_most_three_sentences_and_a_line_in_the_index():
+    readings = read_toml("readings.toml")
+    assert readings.keys() == {folder.name for folder in RESULTS}
+    for reading in readings.values():
+        assert 1 <= len(re.findall(r"\.(?: |$)", reading["reading"])) <= 3
+    page = (TABLES_FOLDER / "README.md").read_text()
+    assert page.partition(INDEX)[2].strip().splitlines() == index_lines()
+
+
+def test_a_table_says_what_its_data_and_network_are():
+    folder = {"dataset": "folder", "data-root": "some/cifar10"}
+    (record,) = summarise([run_of("fixed", 0, accuracies(1, 2), **folder)], None)
+    assert record["title"] == "ResNet-8 on CIFAR-10 images (class folder)" and record["group"] == "resnet8 folder"
+    (record,) = summarise([run_of("fixed", 0, accuracies(1, 2), detail="2 epochs")], None)
+    assert record["title"] == "ResNet-8 on scikit-learn's digits, 2 epochs"
+
+
+def test_a_picture_by_problem_has_every_whole_run_once():
+    shared = run_of("fixed", 0, accuracies(1, 2, 3), **{"num-epoch": 3})
+    shared.lines = {"2 epochs": 2, "3 epochs": 3}
+    own = [run_of("onecycle", 0, accuracies(*range(length)), detail=f"{length} epochs", **{"num-epoch": length})
+           for length in (2, 3)]
+    drawn = by_problem(summarise([*own, shared], None))
+    assert [record["label"] for record in drawn] == ["onecycle of 2", "onecycle of 3", "fixed"]
+    assert {record["group"] for record in drawn} == {"resnet8 digits"}
+
+
+def test_a_picture_colours_mlr_snet_and_the_best_others():
+    results = {"fixed": 50, "cosine": 70, "adam": 60, "MLR-SNet (learning)": 10}
+    records = summarise([run_of(name, 0, accuracies(1, last)) for name, last in results.items()], None)
+    assert coloured(records, [], most=3) == ["cosine", "adam", "MLR-SNet (learning)"]
+    assert coloured(records, ["fixed"]) == ["fixed"]
+
+
+def test_the_leading_are_the_first_ones_and_the_best_others():
+    assert leading("abcde", "d", 3) == ["a", "b", "d"]
