@@ -20,32 +20,43 @@ from runs import rows_of
 from tqdm import tqdm
 
 from training.folder import FolderLock
-from utils import write_atomically
+from utils import read_text, write_atomically
 
 
 class CellRun:
     """Runs one cell to its end. Two never run at once: each run locks its folder, and a locked folder is waited for."""
 
-    def __init__(self, name: str, command: list[str], folder: Path, threads: int):
+    def __init__(self, name: str, command: list[str], folder: Path, threads: int, num_epochs: int):
         self.name, self.command, self.folder, self.threads = name, command, folder, threads
+        self.num_epochs = num_epochs
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
 
     @property
     def is_done(self) -> bool:
-        """Whether it ran to its end or diverged."""
-        return (self.folder / "status.json").exists()
+        """Whether it ran to its end or diverged, and its files are its own and complete."""
+        try:
+            status, rows = json.loads(read_text(self.folder / "status.json") or "{}"), rows_of(self.folder)
+            is_whole = len(rows) == (self.num_epochs if status["status"] == "done" else status["epochs"])
+            return is_whole and status["cell"] == self.name
+        except (ValueError, KeyError, TypeError):
+            return False
 
     def __call__(self) -> str:
         """Run the cell, from where it was stopped; return "", or in one line why it cannot run."""
         while self._wait_for_others():
+            if self._is_of_another():
+                return f"{self.name}: {self.folder} holds another run; move it away, so that this one can be made"
             code, lines = self._start()
             diverged = [line for line in lines if line.startswith("diverged")]
             if code == 0 or diverged:
-                status = {"status": "diverged" if diverged else "done", "message": "\n".join(diverged)}
+                status = {"cell": self.name, "status": "diverged" if diverged else "done",
+                          "message": "\n".join(diverged), "epochs": len(rows_of(self.folder))}
                 write_atomically(self.folder / "status.json", json.dumps(status).encode())
             elif not self.stopped and not self._holder():  # a holder was faster, and is waited for
                 reason = lines[-1] if lines else f"exit status {code}"
+                if code < 0:
+                    reason = f"ended by {signal.Signals(-code).name}; the same command resumes"
                 return f"{self.name}: {reason} (command: {shlex.join(['python', *self.command])})"
         return ""
 
@@ -64,7 +75,15 @@ class CellRun:
             # The signal handler that calls this has interrupted process.wait(), so leave the exit status to it.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(CellRun(self.name, self.command, self.folder, self.threads))
+        return DelayedSubmission(CellRun(self.name, self.command, self.folder, self.threads, self.num_epochs))
+
+    def _is_of_another(self) -> bool:
+        """Whether the folder holds a run with other flags, as far as its args.json tells."""
+        try:
+            started = json.loads(read_text(self.folder / "args.json") or "{}").get("command")
+            return started is not None and started[1 : 1 + len(self.command[1:])] != self.command[1:]
+        except (ValueError, AttributeError, TypeError):
+            return False  # damaged: the run says so
 
     def _wait_for_others(self) -> bool:
         """Wait while another process has the folder, such as a run that outlived its table; whether to run now."""
@@ -140,7 +159,7 @@ class Race:
     def _prepare(self, threads: int) -> None:
         """Describe each run once, and let signals stop them."""
         for cell in self.cells:
-            self.runs.append(CellRun(cell.name, cell.command, self.folder / cell.name, threads))
+            self.runs.append(CellRun(cell.name, cell.command, self.folder / cell.name, threads, cell.num_epochs))
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
 

@@ -56,18 +56,24 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def collect(cells: Iterable[Cell], folder: Path) -> list[Run]:
-    """The runs of a table's cells from their folders, in which each has ended."""
-    runs = []
-    for number, cell in enumerate(cells):
-        place, script = folder / cell.name, cell.method.script
-        facts = _json(place / "args.json")
-        runs.append(Run(
+    """The runs of a table's cells from their folders, in which each has ended. ValueError for damaged files."""
+    return [_collected(number, cell, folder / cell.name) for number, cell in enumerate(cells)]
+
+
+def _collected(number: int, cell: Cell, place: Path) -> Run:
+    script = cell.method.script
+    try:
+        facts, cost = _json(place / "args.json"), _json(place / "cost.json")
+        if not all(isinstance(value, (int, float)) for value in cost.values()):
+            raise ValueError("cost.json holds more than numbers")
+        return Run(
             number, cell.name, cell.method.name, cell.lines, _json(place / "status.json")["status"], cell.seed, script,
             shlex.join(["python", f"{script}/{script}.py", *cell.flags]), _set(facts["arguments"]), facts["commit"],
-            facts["versions"], facts["hardware"], _json(place / "cost.json"), _json(place / "lr_scale.json") or None,
-            rows_of(place),
-        ))
-    return runs
+            facts["versions"], facts["hardware"], cost, _json(place / "lr_scale.json") or None, rows_of(place),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place}: damaged files of a run ({reason}); move it away to make it again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_o
         short, long = (Cell(METHODS[name], 0, {**smoke, **METHODS[name].flags, "num-epoch": length}, {})
                        for length in ("1", "2"))
         for cell in (short, long):
-            assert CellRun(cell.name, cell.command, tmp_path / cell.name, threads=1)() == ""
+            assert CellRun(cell.name, cell.command, tmp_path / cell.name, 1, cell.num_epochs)() == ""
         (row,), (begun, _) = (rows_of(tmp_path / cell.name) for cell in (short, long))
         assert {**row, "seconds": 0} == {**begun, "seconds": 0}, name
 
@@ -197,7 +197,7 @@ def test_a_run_has_its_share_of_the_cores_unless_the_environment_says_otherwise(
     if wish:
         monkeypatch.setenv("OMP_NUM_THREADS", wish)
     (tmp_path / "script.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
-    reason = CellRun("name", [str(tmp_path / "script.py")], tmp_path / "run", threads=3)()
+    reason = CellRun("name", [str(tmp_path / "script.py")], tmp_path / "run", threads=3, num_epochs=1)()
     assert reason.startswith(f"name: {threads} ")
 
 
@@ -347,7 +347,7 @@ def test_slurm_options_reach_the_batch_script(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", "")
     executor = build_executor(tmp_path / "jobs", {"partition": "short", "gpus_per_node": "1", "timeout_min": "30"})
-    executor.submit(CellRun("name", ["script.py"], tmp_path / "run", threads=1))
+    executor.submit(CellRun("name", ["script.py"], tmp_path / "run", threads=1, num_epochs=1))
     (script,) = (tmp_path / "jobs").glob("*_submission.sh")
     lines = script.read_text().splitlines()
     for line in ("--partition=short", "--gpus-per-node=1", "--time=30", "--signal=USR2@90"):
