@@ -1,6 +1,8 @@
 """Runs a script as it is under torchrun, and keeps what every rank would write: rank k's nets go to OUT/rank<k>.
 
-    run_on_ranks.py [--apart] SCRIPT ARGUMENTS    --apart: every rank draws from a random stream of its own
+    run_on_ranks.py [--apart | --rank1 WORDS] SCRIPT ARGUMENTS
+
+--apart: every rank draws from a random stream of its own. --rank1: rank 1 gets these arguments, too.
 """
 
 import os
@@ -10,13 +12,16 @@ from pathlib import Path
 
 import torch
 
+RANK = int(os.environ["RANK"])
 apart = sys.argv[1] == "--apart"
-sys.argv = sys.argv[2:] if apart else sys.argv[1:]
+if sys.argv[1] == "--rank1":
+    sys.argv = sys.argv[3:] + (sys.argv[2].split() if RANK == 1 else [])
+else:
+    sys.argv = sys.argv[2:] if apart else sys.argv[1:]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
 
-RANK = int(os.environ["RANK"])
 write, seed = utils.write_atomically, torch.manual_seed
 
 

@@ -85,6 +85,7 @@ FILES = [  # RUN: a finished run of meta-train; BAD: a folder of damaged files
     (META_TEST, ["--nets", "RUN/mlr_snet_1.pth", "BAD/h20.pth"], "different sizes"),
     (META_TEST, ["--nets", "BAD/empty"], "BAD/empty"), (META_TEST, ["--nets", "BAD/cut.pth"], "not a readable file"),
     (META_TEST, ["--nets", "BAD/nan.pth"], "not finite"), (META_TEST, ["--nets", "BAD/list"], "args.json"),
+    (META_TEST, ["--nets", "BAD/deep"], "no run's arguments"),
     (META_TEST, ["--init", "missing.pth"], "--init"), (META_TEST, ["--init", "/etc/passwd"], "--init"),
     (META_TEST, ["--init", "RUN/mlr_snet_1.pth"], "no weights of this network"),
     (META_TEST, ["--init", "RUN"], "--init"),
@@ -102,6 +103,9 @@ RESUMED = [
     (META_TRAIN, ["--out", "BAD/text"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/list"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/null"], "no run's arguments"), (META_TRAIN, ["--out", "BAD/flat"], "not a table"),
+    (META_TRAIN, ["--out", "BAD/deep"], "no run's arguments"), (META_TRAIN, ["--out", "BAD/seeds"], "damaged"),
+    (META_TRAIN, ["--out", "BAD/help"], "damaged"), (META_TRAIN, ["--out", "BAD/hardware"], "threads is 1000000000000"),
+    (META_TRAIN, ["--out", "BAD/versions"], "no run's versions"),
     (META_TRAIN, ["--out", "BAD/word"], "batch-size"), (META_TRAIN, ["--out", "BAD/fewer"], "another version"),
     (META_TRAIN, ["--out", "BAD/more"], "another version"), (META_TRAIN, ["--out", "BAD/network"], "invalid choice"),
     (META_TRAIN, ["--out", "BAD/old"], "another version"), (META_TRAIN, ["--out", "BAD/flip"], "damaged"),
@@ -139,6 +143,11 @@ def damaged(finished):
         "text": "not JSON", "list": "[1, 2]", "null": "null", "flat": '{"arguments": 5}',
     }.items():
         (run(name) / "args.json").write_text(content)
+    (run("deep") / "args.json").write_text("[" * 100_000)
+    for table, content in (("hardware", {"threads": 10**12}), ("versions", None)):
+        (run(table) / "args.json").write_text(json.dumps({**record, table: content}))
+    run("seeds", seed=[1, 2])
+    run("help", compile=["--help"])
     run("word", batch_size="many")
     run("network", network="nonsense")
     run("more", colour="red")

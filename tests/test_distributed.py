@@ -132,6 +132,60 @@ def test_ranks_that_differ_stop_at_the_start_with_one_line(tmp_path):
     assert output.count("the ranks differ in weights and schedule at step 0") == 1
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Three folders of text: the second holds the words of the first, the third others, as many."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, words in (("one", "a b c d e f g\n"), ("same", "a b c d e f g\n"), ("other", "a b c d e g f\n")):
+        (folder / name).mkdir()
+        for split in ("train", "valid", "test"):
+            (folder / name / f"{split}.txt").write_text(words * 60)
+    return folder
+
+
+def ends_of_ranks(flags, words, out):
+    """Run meta-train on two ranks, the second with these flags as well; its exit status and its lines."""
+    process = start(ON_RANKS, "--rank1", flags, META_TRAIN, *words, "--out", out)
+    output = process.communicate(timeout=240)[0]
+    return process.returncode, output
+
+
+# The others would wait for each other.
+@pytest.mark.parametrize("flags", [
+    "--precision bf16", *[pytest.param(flags, marks=pytest.mark.slow) for flags in (
+        "--t-val 1", "--batch-size 32", "--seed 1", "--limit-test 50", "--optimizer adam",
+    )],
+])
+def test_ranks_with_different_arguments_are_refused_in_one_line(flags, tmp_path):
+    status, output = ends_of_ranks(flags, TRAIN, tmp_path / "run")
+    assert status != 0 and output.count("differs from rank to rank") == 1, output
+    assert f"error: {flags.split()[0]} differs" in output and not (tmp_path / "run").exists()
+
+
+WORDS = ["--network", "lstm2", "--dataset", "text", "--embed-size", "8", "--batch-size", "4", "--seq-len", "9",
+         "--num-epoch", "1", "--device", "cpu"]
+
+
+def test_ranks_with_different_data_are_refused_in_one_line(texts, tmp_path):
+    words = [*WORDS, "--data-root", texts / "one"]
+    status, output = ends_of_ranks(f"--data-root {texts / 'other'}", words, tmp_path / "run")
+    assert status != 0 and output.count("error: data differs from rank to rank") == 1, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_may_have_the_same_data_in_different_places(texts, tmp_path):
+    words = [*WORDS, "--data-root", texts / "one"]
+    status, output = ends_of_ranks(f"--data-root {texts / 'same'}", words, tmp_path / "run")
+    assert status == 0, output
+
+
+@pytest.mark.slow
+def test_an_error_that_only_the_second_rank_has_is_printed(tmp_path):
+    for flags, message in (("--wd nan", "argument --wd"), ("--device cuda:99", "not available")):
+        status, output = ends_of_ranks(flags, TRAIN, tmp_path / "run")
+        assert status != 0 and output.count(message) == 1, output
+
+
 def test_a_user_error_under_torchrun_is_printed_once(tmp_path):
     for words, message in ((["--wd", "nan"], "argument --wd"), (["--limit-train", "9000"], "--limit-train 9000")):
         process = start(META_TRAIN, *TRAIN, *words, "--out", tmp_path / "run")
@@ -155,7 +209,7 @@ def children(pid):
 def test_a_rank_that_dies_ends_the_run_in_which_one_rank_wrote_and_one_process_completes_it(tmp_path):
     out = tmp_path / "run"
     process = start(META_TRAIN, *TRAIN, "--num-epoch", "25", "--average", "--out", out)
-    wait_for(out / "mlr_snet_1.pth")
+    wait_for(out / "mlr_snet_2.pth")  # the line of the first epoch is printed
     os.kill(children(process.pid)[1], signal.SIGKILL)
     killed = time.monotonic()
     output = process.communicate(timeout=120)[0]
@@ -164,5 +218,5 @@ def test_a_rank_that_dies_ends_the_run_in_which_one_rank_wrote_and_one_process_c
     assert '"ranks": 2' in (out / "args.json").read_text()
     assert 2 <= len(results(out)[0]) < 26
     done = run(META_TRAIN, "--resume", "--out", out)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "resumed with ranks 1 instead of 2" in done.stderr, done.stderr
     assert len(results(out)[0]) == 26

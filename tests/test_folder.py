@@ -1,12 +1,15 @@
-"""A run's folder: it harms no file of the user."""
+"""A run's folder: it harms no file of the user, and a resumed run knows what it began with."""
 
+import json
 import os
 import shutil
+import signal
 import sys
 
 import pytest
-from faults import TRAIN, tree
-from test_scripts import META_TEST, META_TRAIN, call
+import torch
+from faults import TRAIN, shell, tree
+from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, call, kill_and_resume, results, same
 
 from training.folder import FolderLock
 from utils import write_atomically
@@ -105,3 +108,39 @@ def test_a_run_removes_what_a_killed_one_left_half_written_and_nothing_else(fini
     assert call(capsys, META_TRAIN, *TRAIN, "--out", new).returncode == 0
     assert call(capsys, META_TRAIN, "--resume", "--out", resumed).returncode == 0
     assert [path.name for path in (*new.glob("*.tmp"), *resumed.glob("*.tmp"))] == ["notes.tmp"]
+
+
+# ---------------------------------------------------------------------------------------------- what a run began with
+
+
+def test_a_resumed_run_has_as_many_threads_as_it_began_with(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    torch.set_num_threads(2)
+    try:
+        done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path / "run")
+        assert done.returncode == 0 and not done.stderr and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+def test_a_run_resumed_with_other_threads_ends_as_an_unbroken_one(tmp_path):
+    words = [*TRAIN, "--limit-train", "256", "--num-epoch", "3", "--momentum", "0.9", "--gamma", "0.5"]
+    two = {**ONE_THREAD, "OMP_NUM_THREADS": "2"}
+    assert shell("", META_TRAIN, [*words, "--out", tmp_path / "whole"], **two).returncode == 0
+    kill_and_resume(words, tmp_path / "broken", signal.SIGTERM, two)  # on one thread
+    same(results(tmp_path / "whole"), results(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize(("table", "name", "value"), [
+    ("versions", "torch", "2.6.0"), ("hardware", "gpu", "NVIDIA H100"), ("hardware", "cpu", "Z80"),
+    ("hardware", "ranks", 2),
+])
+def test_a_resumed_run_says_what_has_changed_since_it_began(table, name, value, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((finished / "args.json").read_text())
+    record[table][name] = value
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path / "run")
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
+    assert f"instead of {value}; results may differ" in done.stderr

@@ -84,9 +84,9 @@ def test_the_same_seed_gives_the_same_run_from_the_scripts_own_folder(reference,
     same(results(reference), results(tmp_path / "again"))
 
 
-def kill_and_resume(arguments, out, kill):
+def kill_and_resume(arguments, out, kill, environment=ONE_THREAD):
     process = subprocess.Popen([sys.executable, str(META_TRAIN), *arguments, "--out", str(out)], cwd="/",
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     deadline = time.monotonic() + 120
     while not (out / "mlr_snet_1.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -1,7 +1,6 @@
 """The flags of meta-train and meta-test, and what --resume takes from a run's args.json."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
 from training.command_line import Parser, folder, number, number_or
-from training.folder import contents
+from training.folder import contents, read_record
 from utils import ROOT, plain
 
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
@@ -167,7 +166,7 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
         if (args.out / "checkpoint.pth").exists():
             raise ValueError(f"{record} is missing beside checkpoint.pth; restore it or start a new run elsewhere")
         raise ValueError(f"--resume: no run in {args.out}; leave --resume out to start one")
-    stored = _stored_arguments(args.out)
+    stored = read_record(args.out)
     script = stored.get("script", args.script)
     if script != args.script:
         raise ValueError(f"--out {args.out} holds a run of {script}.py; resume it with that script")
@@ -178,7 +177,7 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
     parser.exit_on_error = False
     try:  # the stored arguments pass the same checks as a command line
         resumed = parser.parse_args(_command_line(parser, stored))
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, ValueError) as error:
         raise ValueError(f"{record} is damaged: {error}") from None
     for name in given - {"resume", "out", "data_root"}:
         if plain(getattr(args, name)) != plain(getattr(resumed, name)):
@@ -190,20 +189,8 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
     return resumed
 
 
-def _stored_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments in a run's args.json. ValueError where there are none."""
-    record = folder / "args.json"
-    try:
-        arguments = json.loads(record.read_text())["arguments"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record} holds no run's arguments ({type(error).__name__})") from None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{record} holds no run's arguments (not a table)")
-    return arguments
-
-
 def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
-    """The words that give the parser these arguments."""
+    """The words that give the parser these arguments. ValueError for a list that is out of place."""
     words = []
     for action in parser._actions:  # argparse has no public list of its flags
         value = arguments.get(action.dest)
@@ -213,6 +200,8 @@ def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
         if value is True:
             words.append(flag)
         elif isinstance(value, list):
+            if action.nargs != "+" or any(str(item).startswith("-") for item in value):
+                raise ValueError(f"{flag} is {value}")
             words += [flag, *map(str, value)]
         else:
             words.append(f"{flag}={value}")
@@ -265,7 +254,7 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
     paths = [Path(net) for net in nets]
     if len(paths) > 1 or not paths[0].is_dir():
         return paths
-    num_epochs = _stored_arguments(paths[0]).get("num_epoch")
+    num_epochs = read_record(paths[0]).get("num_epoch")
     if not isinstance(num_epochs, int):
         raise ValueError(f"{paths[0] / 'args.json'} names no number of epochs; give .pth files")
     epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]

@@ -12,8 +12,9 @@ from data.images import ImageTask
 from data.text import TextTask
 from mlr_snet import Average
 from models import build_network
-from training.command_line import end_with_launcher
-from utils import autocast, built_within_memory, choose_algorithms, init_distributed, pick_device
+from training.command_line import agree, end_with_launcher
+from training.folder import restore_surroundings
+from utils import autocast, built_within_memory, choose_algorithms, init_distributed, pick_device, plain, world_size
 
 # What build_task takes from the flags of one modality
 IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
@@ -22,22 +23,33 @@ TEXT_OPTIONS = ("seq_len", "tokens", "clip")
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Settle the process: its device, its ranks and its algorithms. ValueError for a device that is not available."""
+    """Settle the process: its device, its ranks and its algorithms; those of the run that it resumes.
+
+    ValueError for a device that is not available. Ends ranks whose arguments differ.
+    """
     device = pick_device(args.device)
     end_with_launcher()
     device = init_distributed(device)
+    flags = {f"--{name.replace('_', '-')}": plain(value) for name, value in vars(args).items()}
+    del flags["--data-root"]  # every machine may have its own
+    agree(**flags)
     choose_algorithms(args.deterministic)
+    if args.resume:
+        restore_surroundings(args.out, device)
     return device
 
 
 def task_of(args: argparse.Namespace, device: torch.device) -> ImageTask | TextTask:
-    """The task. ValueError for data that are not available."""
+    """The task. ValueError for data that are not available. Ends ranks whose data differ."""
     names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
-    return build_task(
+    task = build_task(
         args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,
         limit_test=args.limit_test, device=device, autocast=autocast(device, args.precision),
         **{name: getattr(args, name) for name in names},
     )
+    if world_size() > 1:
+        agree(data=task.fingerprint())
+    return task
 
 
 def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: torch.device) -> nn.Module:

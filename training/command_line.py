@@ -9,13 +9,16 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from utils import all_gather, first_line
+from utils import all_gather, first_line, rank, world_size
+
+SECONDS_TO_END = 10  # that torchrun has to end the other ranks when one has ended
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
@@ -65,7 +68,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error on rank 0 alone.
+    """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error of all ranks once.
 
     `examples` are shown below the help. The usage names no flags, for all stand in their groups, --help too.
     """
@@ -77,14 +80,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        if _is_first_rank():
-            super().error(message)
-        sys.exit(2)
+        _let_first_rank_speak()
+        super().error(message)
 
 
-def _is_first_rank() -> bool:
-    """Whether this is rank 0, also before the ranks have connected."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+def _let_first_rank_speak() -> None:
+    """Wait, on another rank than the first: an error that all ranks have is printed there, and ends the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        time.sleep(SECONDS_TO_END)
 
 
 def in_flags(message: str, names: Iterable[str]) -> str:
@@ -101,7 +104,7 @@ def user_errors(args: argparse.Namespace | None = None) -> Iterator[None]:
     """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2.
 
     Names of arguments are shown as flags. With several ranks, an error of one of them ends all, and is printed once. No
-    collective may run inside.
+    collective but agree() may run inside.
     """
     mine = ""
     try:
@@ -114,9 +117,25 @@ def user_errors(args: argparse.Namespace | None = None) -> Iterator[None]:
         mine = f"this does not fit in memory ({first_line(error)}); lower the sizes"
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    errors = [error for error in all_gather(mine) if error]
+    agree(mine)
+
+
+def agree(error: str = "", **facts: Any) -> None:
+    """End all ranks with one line and exit status 2, where one of them has an error, or where their facts differ.
+
+    Every rank has to call this equally often, or to end in user_errors().
+    """
+    everyone = all_gather((error, facts))
+    errors = [theirs for theirs, _ in everyone if theirs]
+    if not errors:
+        for name in facts:
+            values = list(dict.fromkeys(str(theirs[name]) for _, theirs in everyone))
+            if len(values) > 1:
+                errors.append(f"{name} differs from rank to rank ({', '.join(values)}); give all the same")
     if errors:
-        if _is_first_rank():
+        if world_size() == 1:  # alone, or not yet connected
+            _let_first_rank_speak()
+        if rank() == 0:
             print(f"{Path(sys.argv[0]).name}: error: {errors[0]}", file=sys.stderr)
         sys.exit(2)
 

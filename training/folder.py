@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from utils import (
     COSTS,
@@ -40,6 +41,7 @@ from utils import (
 )
 
 FORMAT = 4  # of checkpoint.pth
+MOST_THREADS = 4096
 
 
 class Metrics:
@@ -227,7 +229,10 @@ class FolderLock:
         self.file: Any = None
 
     def acquire(self) -> None:
-        """Lock the folder, and create it where it is missing. ValueError that names the process that holds it."""
+        """Lock the folder, and create it where it is missing.
+
+        ValueError that names the process that holds it; OSError where .lock is not ours.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
@@ -243,7 +248,7 @@ class FolderLock:
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             content = file.read() if is_file else b""
             if not is_file or not re.fullmatch(rb"\d*|\d+ .*", content, re.DOTALL):
-                raise ValueError(f"{file.name} is not a lock of this software; give another --out")
+                raise OSError(f"{file.name} is not a lock of this software; give another --out")
             if not is_free:
                 pid, _, command = content.decode(errors="replace").strip().partition(" ")
                 raise ValueError(
@@ -291,14 +296,46 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    device = pick_device(getattr(args, "device", "cpu"))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    cpu = next(iter(re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))), platform.processor())
     return {
         "arguments": {key: plain(value) for key, value in vars(args).items()},
         "command": sys.argv,
         "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-                     "ranks": world_size()},
+        "hardware": _hardware(pick_device(getattr(args, "device", "cpu"))),
     }
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "ranks": world_size()}
+
+
+def read_record(folder: Path, table: str = "arguments") -> dict[str, Any]:
+    """A table of the run's args.json. ValueError where there is none."""
+    record = folder / "args.json"
+    try:
+        content = json.loads(record.read_text())[table]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{record} holds no run's {table} ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{record} holds no run's {table} (not a table)")
+    return content
+
+
+def restore_surroundings(folder: Path, device: torch.device) -> None:
+    """For the run that goes on in the folder: set its number of CPU threads, and say in a line what else has changed.
+
+    ValueError where the run's args.json is damaged.
+    """
+    before = read_record(folder, "versions") | read_record(folder, "hardware")
+    threads = before.get("threads")
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"{folder / 'args.json'} is damaged: the run's number of threads is {threads}")
+    torch.set_num_threads(threads)
+    now = _hardware(device) | {"torch": torch.__version__}
+    names = ("torch", "gpu", "ranks") if now["gpu"] else ("torch", "gpu", "ranks", "cpu")
+    changed = [f"{name} {now[name]} instead of {before.get(name)}" for name in names if now[name] != before.get(name)]
+    if changed and rank() == 0:
+        line = f"warning: resumed with {', '.join(changed)}; results may differ from those of an unbroken run"
+        tqdm.write(line, file=sys.stderr)

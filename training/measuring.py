@@ -52,7 +52,7 @@ def read(folder: Path) -> Measurement:
         trials = [Trial(**trial) for trial in content["trials"]]
         result = MeasuredScale(float(content["scale"]), trials, content.get("refusal", ""))
         return Measurement(result, float(content["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
 
 
