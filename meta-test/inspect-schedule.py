@@ -19,6 +19,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules
 from training.arguments import net_files
 from training.command_line import number, number_or, show_safely, user_errors
+from training.pictures import save, subplots
 
 LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
 SETTLED = 500  # steps at one loss after which the LSTM state no longer moves
@@ -88,12 +89,7 @@ def decaying_losses(first: float, last: float, num_epochs: int, steps_per_epoch:
 
 
 def draw(path: Path, names: list[str], settled: list[Tensor], run: Run, args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, (panels,) = subplots(1, 3, 4.3, 3.8)
     for name, fractions in zip(names, settled, strict=True):
         panels[0].plot(LOSSES, fractions, label=name)
     panels[0].set(xscale="log", xlabel="loss that the net reads", ylabel="settled fraction of γ", ylim=(0, 1))
@@ -109,8 +105,7 @@ def draw(path: Path, names: list[str], settled: list[Tensor], run: Run, args: ar
     panels[2].plot(epochs, run.rates, "k-")
     panels[2].set(xlabel="epoch", ylabel="learning rate", yscale="log")
     figure.suptitle("What a learned schedule does: settled fraction, fraction along a run, learning rate")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path, dpi=120)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

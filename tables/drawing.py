@@ -1,6 +1,5 @@
-"""The pictures of the tables, and the set-up of matplotlib that the studies share."""
+"""The pictures of the tables."""
 
-import io
 import math
 import statistics
 import textwrap
@@ -9,37 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from methods import META_POINTS
-from PIL import Image
 from records import Record, places_of, unit_of
 
-from utils import write_atomically
+from training.pictures import save, subplots
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and wine instead of their yellow.
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#882255"]
 GREY = "#BBBBBB"
 POINTS = {"lookahead": COLOURS[0], "average": COLOURS[1]}  # the colours of the two meta points in t_val.png
-
-
-def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure for a file, and its panels (rows, columns), each so many inches wide and high."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (width * columns, height * rows)
-    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG of 256 colours, which takes a third of the space, and close the figure."""
-    from matplotlib import pyplot
-
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=90)
-    pyplot.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    write_atomically(path, small.getvalue())
 
 
 def coloured(records: list[Record], highlight: Sequence[str], most: int = len(COLOURS)) -> list[str]:

@@ -13,11 +13,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import COLOURS, save, style_of, subplots
+from drawing import COLOURS, style_of
 from methods import GRID
 from records import Record, leading
 from runs import Run
 from writing import MOST_ROWS, markdown, write_csv
+
+from training.pictures import save, subplots
 
 CLOSE = 1.0  # point or %
 REGRET_COLUMNS = ["group", "method", "weights", "unit", "result", "regret", "relative_steps"]

@@ -19,12 +19,12 @@ from torch import Tensor
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
-from drawing import save, subplots
 from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
 
 from mlr_snet import MLRSNet, load_schedules
 from training.command_line import number, user_errors
 from training.folder import provenance
+from training.pictures import save, subplots
 
 DIMENSION, EXAMPLES, REGULARISER, NOISE = 50, 500, 0.05, 0.3
 PRESETS = {"desk": [250 * 2**power for power in range(7)], "smoke": [50, 100, 200]}
