@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,23 +25,24 @@ from utils import (
     COSTS,
     ROOT,
     TEMPORARIES,
-    all_gather,
-    checksum,
-    first_line,
-    gather_hidden,
     peak_memory_mib,
     pick_device,
     plain,
     rank,
     read_text,
-    save,
-    shard_hidden,
     world_size,
     write_atomically,
 )
 
-FORMAT = 4  # of checkpoint.pth
 MOST_THREADS = 4096
+
+
+def _numbers(table: dict[str, float], names: Iterable[str]) -> dict[str, float]:
+    """A copy of the table. ValueError unless it holds numbers only, those of these names among them."""
+    names = set(names)
+    if not names <= table.keys() or not all(isinstance(value, (int, float)) for value in table.values()):
+        raise ValueError(f"expected numbers for {', '.join(sorted(names))}, found {table}")
+    return dict(table)
 
 
 class Metrics:
@@ -98,7 +99,12 @@ class Metrics:
         return {"rows": self.rows, "totals": self.totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self.totals = state["rows"], state["totals"]
+        """Continue from state_dict(). ValueError for rows that are not of one table, or not of the first epochs."""
+        rows = [_numbers(row, ("epoch", "lr", "seconds")) for row in state["rows"]]
+        for number, row in enumerate(rows, 1):
+            if row.keys() != rows[0].keys() or row["epoch"] != number:
+                raise ValueError(f"row {number} of the metrics is {row}")
+        self.rows, self.totals = rows, _numbers(state["totals"], self.EMPTY)
 
 
 class Cost:
@@ -137,77 +143,7 @@ class Cost:
         return dict(self.counts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts = dict(state)
-
-
-class Checkpoint:
-    """checkpoint.pth: all that continuing the run bit for bit needs. `parts` are the things with a state_dict.
-
-    Its arguments, a fingerprint of its data and a checksum of its content stand in the file, too.
-    """
-
-    def __init__(self, args: argparse.Namespace, fingerprint: str, parts: dict[str, Any]):
-        self.path, self.parts, self.seed = args.out / "checkpoint.pth", parts, args.seed
-        self.data_root, self.fingerprint = args.data_root, fingerprint
-        where = ("out", "resume", "data_root")  # may change from one start to the next
-        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in where}
-
-    def save(self, step: int, hidden: Any) -> None:
-        """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        state = {
-            "format": FORMAT,
-            "arguments": self.arguments,
-            "data": self.fingerprint,
-            "step": step,
-            "hidden": gather_hidden(hidden),
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "rng": all_gather((torch.get_rng_state(), cuda)),
-        }
-        if rank() == 0:
-            save(self.path, {**state, "checksum": checksum(state)})
-
-    def load(self) -> tuple[int, Any]:
-        """Restore the parts and this rank's random generators; returns the step and the hidden state.
-
-        Raises ValueError, which names what is wrong, for a damaged checkpoint and for one of another run.
-        """
-        state = self._read()
-        for name in self.arguments.keys() | state["arguments"].keys():
-            theirs, ours = state["arguments"].get(name), self.arguments.get(name)
-            if theirs != ours:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{self.path} belongs to another run: its {flag} is {theirs}, not {ours}")
-        if state["data"] != self.fingerprint:
-            raise ValueError(
-                f"the data in {self.data_root} are not those that the run began with: their fingerprint is "
-                f"{self.fingerprint}, in {self.path} it is {state['data']}; restore them or start a new run"
-            )
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-        except Exception as error:  # parts fail in many ways; each ends in this one line
-            raise ValueError(f"{self.path}: not a checkpoint of this run ({first_line(error)})") from error
-        if rank() < len(state["rng"]):
-            rng, cuda_rng = state["rng"][rank()]
-            torch.set_rng_state(rng)
-            if cuda_rng is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(cuda_rng)
-        else:  # there are more ranks than before
-            torch.manual_seed(self.seed + rank())
-        return state["step"], shard_hidden(state["hidden"])
-
-    def _read(self) -> dict[str, Any]:
-        """The file's content. ValueError where it is damaged or of another version."""
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways; each ends in this one line
-            raise ValueError(f"{self.path} is damaged: not a readable checkpoint ({type(error).__name__})") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is of another version of this software; start a new run in another --out")
-        if state.pop("checksum", None) != checksum(state):
-            raise ValueError(f"{self.path} is damaged: its content does not match its checksum; restore a copy of it")
-        return state
+        self.counts = _numbers(state, COSTS)
 
 
 def contents(folder: Path) -> list[str]:

@@ -22,8 +22,9 @@ from data.text import TextTask
 from mlr_snet import Average, Schedule, Step, train
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
+from training.checkpoint import Checkpoint
 from training.command_line import in_flags, is_out_of_memory
-from training.folder import Checkpoint, Cost, FolderLock, Metrics, contents, provenance
+from training.folder import Cost, FolderLock, Metrics, contents, provenance
 from training.log import Log
 from training.measuring import Measurement
 from training.pictures import draw_run
@@ -96,6 +97,7 @@ class Trainer:
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
         self.saved_step: int | None = None
+        self.resumed_step: int | None = None
         self.gamma: float | None = None  # as last told
         on_cpu = next(network.parameters()).device.type == "cpu"
         self.fetch_every = 1 if on_cpu else FETCH_EVERY
@@ -126,7 +128,8 @@ class Trainer:
         out, path = self.args.out, self.checkpoint.path
         if self.args.resume and path.exists():
             self.step, self.hidden = self.checkpoint.load()
-            self.saved_step = self.step
+            self.saved_step = self.resumed_step = self.step
+            self._check_restored()
             self.gamma = getattr(self.schedule, "gamma", None)
             return
         results = [name for name in contents(out) if name not in BEFORE_CHECKPOINT]
@@ -136,6 +139,18 @@ class Trainer:
             refuse_used(out)  # again, since another run may have come and gone
         if rank():
             torch.manual_seed(self.args.seed + rank())  # for dropout: all that must agree is drawn by now
+
+    def _check_restored(self) -> None:
+        """ValueError for a checkpoint whose parts do not belong together."""
+        steps = {self.step, getattr(self.schedule, "steps_taken", getattr(self.schedule, "num_steps", self.step))}
+        num_rows = self.step // self.task.steps_per_epoch
+        if len(steps) > 1 or not 0 <= self.step <= self.num_steps or len(self.metrics.rows) != num_rows:
+            raise ValueError(f"{self.checkpoint.path}: not a checkpoint of this run (its parts are of different steps)")
+        both = (self.hidden, self.checkpoint.parts["meta_stream"].hidden)
+        sizes, meta_sizes = ([getattr(state, "shape", 0) for state in hidden or ()] for hidden in both)
+        has_hidden = self.task.perplexity and self.step > 0
+        if (self.hidden is not None) != has_hidden or meta_sizes not in ([], sizes):
+            raise ValueError(f"{self.checkpoint.path}: not a checkpoint of this run (its hidden states do not fit)")
 
     def run(self) -> int:
         """Train to the end; returns the exit status: 0, 1 where it failed or diverged, 128 + a signal that ended it."""
@@ -188,6 +203,8 @@ class Trainer:
             return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
         if isinstance(error, RuntimeError) and is_lost_rank(error):
             return "another rank has ended; continue with --resume"
+        if self.step == self.resumed_step:  # a state that loads can still be a wrong one
+            return f"error: {self.checkpoint.path}: not a checkpoint of this run ({first_line(error)})"
         return ""
 
     def _train(self, stop: StopSignal) -> int:
