@@ -39,7 +39,7 @@ class CellRun:
             status, rows = json.loads(read_text(self.folder / "status.json") or "{}"), rows_of(self.folder)
             is_whole = len(rows) == (self.num_epochs if status["status"] == "done" else status["epochs"])
             return is_whole and status["cell"] == self.name
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def __call__(self) -> str:

@@ -71,7 +71,7 @@ def _collected(number: int, cell: Cell, place: Path) -> Run:
             shlex.join(["python", f"{script}/{script}.py", *cell.flags]), _set(facts["arguments"]), facts["commit"],
             facts["versions"], facts["hardware"], cost, _json(place / "lr_scale.json") or None, rows_of(place),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{place}: damaged files of a run ({reason}); move it away to make it again") from None
 

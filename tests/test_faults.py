@@ -58,6 +58,27 @@ def test_a_full_disk_ends_a_run_in_one_line_and_harms_nothing(finished, tmp_path
     assert not list(folder.glob("*.tmp"))
 
 
+def with_few_files(script, words, spare, log):
+    """Run the script where so many more files than now may be open."""
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 1 + spare
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    run_here(script, words, log)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the open files in Linux's /proc")
+@pytest.mark.parametrize("spare", range(6))
+def test_a_run_for_which_no_more_files_can_be_opened_ends_in_lines(spare, tmp_path):
+    log = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+    words = [str(word) for word in [*TRAIN, "--out", tmp_path / "run"]]
+    process = context().Process(target=with_few_files, args=(META_TRAIN, words, spare, log[1]))
+    process.start()
+    process.join(timeout=120)
+    assert log[0].poll(), "a traceback"
+    printed = log[0].recv().splitlines()
+    assert all(line.startswith("warning: ") or "error: " in line for line in printed), printed
+    assert process.exitcode in ((1, 2) if any("error: " in line for line in printed) else (0,))
+
+
 # ---------------------------------------------------------------------------------------------- kills
 
 

@@ -109,7 +109,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="seed of weights, data order and meta set (default: 0)")
     add("--out", type=folder, metavar="DIR",
-        help="the run's folder (default: result/NETWORK_DATASET beside the script)")
+        help="the run's folder, new unless --resume (default: result/NETWORK_DATASET beside the script)")
     add("--resume", action="store_true", help="continue the run in --out with its own arguments")
     add("--help", "-h", action="help", help="show this and exit")
 

@@ -48,7 +48,7 @@ from studies.benchmark_steps import (
     new_network,
     plain_step,
 )
-from training.command_line import number, user_errors
+from training.command_line import number, show_safely, user_errors
 from training.folder import provenance
 from utils import build_optimizer, choose_algorithms, peak_memory_mib, pick_device, read_text
 
@@ -383,4 +383,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())

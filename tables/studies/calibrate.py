@@ -41,7 +41,7 @@ from studies.calibration_problems import (
     Training,
     load_data,
 )
-from training.command_line import user_errors
+from training.command_line import show_safely, user_errors
 from training.folder import provenance
 
 TRIAL_STEPS = 15
@@ -365,4 +365,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())

@@ -22,7 +22,7 @@ sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
 
 from mlr_snet import MLRSNet, load_schedules
-from training.command_line import number, user_errors
+from training.command_line import number, show_safely, user_errors
 from training.folder import provenance
 from training.pictures import save, subplots
 
@@ -206,4 +206,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_safely()
     sys.exit(main())
