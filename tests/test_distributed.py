@@ -61,12 +61,12 @@ def stopped_and_resumed(words, folder, ranks):
 
 # From three ranks on a sum depends on its order, and so on how the gradients are grouped.
 @pytest.mark.parametrize("words", [
-    [*TRAIN, "--batch-size", "66", "--num-epoch", "8"],
+    [*TRAIN, "--batch-size", "66", "--num-epoch", "8", "--gamma", "0.3"],
     *[pytest.param(words, marks=pytest.mark.slow) for words in (
         ["--network", "lstm2", "--dataset", "pydoc", "--embed-size", "16", "--batch-size", "6", "--limit-train", "6000",
          "--limit-test", "700", "--num-epoch", "6", "--t-val", "5", "--device", "cpu"],
-        [*TRAIN, "--network", "nasnet", "--limit-train", "24", "--limit-test", "20", "--batch-size", "6",
-         "--num-meta", "20"],
+        [*TRAIN, "--network", "nasnet", "--image-size", "8", "--limit-train", "12", "--limit-test", "20",
+         "--batch-size", "6", "--num-meta", "20", "--gamma", "0.3"],
     )],
 ], ids=["images", "text", "unused weights"])
 def test_three_ranks_that_are_stopped_end_as_unbroken_ones(words, tmp_path):

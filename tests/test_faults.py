@@ -172,11 +172,11 @@ def ranks_of(process):
     return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def end_of_ranks(script, words, folder, kills, generator):
-    """Run under torchrun to the end, killed on the way; the kills that hit. 0 and 1 kill a rank, signals torchrun."""
+def end_of_ranks(script, words, folder, kills, generator, number=2):
+    """Run on so many ranks to the end, killed on the way; the kills that hit. 0 and 1 kill a rank, signals torchrun."""
     hits, arguments = 0, [*words, "--out", folder]
     for how in kills:
-        process = start(script, *arguments)
+        process = start(script, *arguments, ranks=number)
         before = (folder / "checkpoint.pth").stat().st_mtime_ns if (folder / "checkpoint.pth").exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -188,7 +188,7 @@ def end_of_ranks(script, words, folder, kills, generator):
         ranks = []
         if process.poll() is None:
             ranks = ranks_of(process)
-            if how in (0, 1) and len(ranks) == 2:
+            if how in (0, 1) and len(ranks) == number:
                 os.kill(ranks[how], signal.SIGKILL)
             elif how not in (0, 1):
                 os.kill(process.pid, how)
@@ -203,7 +203,7 @@ def end_of_ranks(script, words, folder, kills, generator):
             continue
         assert "Error: " not in output or "ChildFailedError" in output, output
         arguments = ["--resume", "--out", folder]
-    process = start(script, *arguments)
+    process = start(script, *arguments, ranks=number)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     return hits
@@ -232,13 +232,13 @@ def test_ranks_that_are_killed_end_as_unbroken_ones(tmp_path):
 @pytest.mark.slow
 def test_ranks_that_are_killed_30_times_end_as_unbroken_ones(tmp_path):
     generator, hits = random.Random(2), 0
-    runs = [(META_TRAIN, [*IMAGES, *LONGER, "--t-val", "2"]), (META_TRAIN, [*WORDS, *LONGER, "--t-val", "2"]),
-            (META_TEST, [*IMAGES, *LONGER, "--schedule", "rtho"]), (META_TEST, [*WORDS, *LONGER])]
-    for index, (script, words) in enumerate(runs):
+    runs = [(META_TRAIN, [*IMAGES, *LONGER, "--t-val", "2"], 2), (META_TRAIN, [*WORDS, *LONGER, "--t-val", "2"], 3),
+            (META_TEST, [*IMAGES, *LONGER, "--schedule", "rtho"], 3), (META_TEST, [*WORDS, *LONGER], 2)]
+    for index, (script, words, number) in enumerate(runs):
         kills = [0, 1, signal.SIGKILL, signal.SIGTERM, signal.SIGINT] * 2
         generator.shuffle(kills)
-        end_of_ranks(script, words, tmp_path / f"whole{index}", [], generator)
-        hits += end_of_ranks(script, words, tmp_path / f"broken{index}", kills, generator)
+        end_of_ranks(script, words, tmp_path / f"whole{index}", [], generator, number)
+        hits += end_of_ranks(script, words, tmp_path / f"broken{index}", kills, generator, number)
         equal_ends(tmp_path / f"whole{index}", tmp_path / f"broken{index}")
     print(f"{hits} kills under torchrun")
     assert hits >= 30
