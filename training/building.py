@@ -32,7 +32,7 @@ def start(args: argparse.Namespace) -> torch.device:
     device = init_distributed(device)
     flags = {f"--{name.replace('_', '-')}": plain(value) for name, value in vars(args).items()}
     del flags["--data-root"]  # every machine may have its own
-    agree(**flags)
+    agree(torch=torch.__version__, **flags)
     choose_algorithms(args.deterministic)
     if args.resume:
         restore_surroundings(args.out, device)

@@ -320,7 +320,8 @@ class Trainer:
         everyone = all_gather(mine)
         different = [name for name in mine if len({theirs[name] for theirs in everyone}) > 1]
         if different:
-            raise RanksDiffer(f"the ranks differ in {' and '.join(different)} at step {self.step}; please report this")
+            remedy = "please report this" if self.step else "give all of them the same files"
+            raise RanksDiffer(f"the ranks differ in {' and '.join(different)} at step {self.step}; {remedy}")
 
     def _write_metrics(self) -> None:
         self.metrics.write(self.args.out / "metrics.csv")
