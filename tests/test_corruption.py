@@ -147,6 +147,8 @@ class Constant(nn.Module):
 class Fixed:
     second_order = False
 
+    def prepare(self): ...
+
     def step(self, loss): ...
 
     def get_last_lr(self):

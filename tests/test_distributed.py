@@ -163,7 +163,7 @@ def test_ranks_with_different_arguments_are_refused_in_one_line(flags, tmp_path)
 
 
 WORDS = ["--network", "lstm2", "--dataset", "text", "--embed-size", "8", "--batch-size", "4", "--seq-len", "9",
-         "--num-epoch", "1", "--device", "cpu"]
+         "--num-epoch", "1", "--device", "cpu", "--t-val", "5"]
 
 
 def test_ranks_with_different_data_are_refused_in_one_line(texts, tmp_path):

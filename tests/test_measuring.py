@@ -1,11 +1,10 @@
 """--gamma measured and --lr measured in the real scripts."""
 
 import json
-import subprocess
 
 import pytest
-from test_distributed import TWO
-from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, SMALL, TEXT, call, results, run, same
+from test_distributed import start
+from test_scripts import META_TEST, META_TRAIN, SMALL, TEXT, call, results, run, same
 
 SHORT = [*SMALL, "--num-epoch", "2"]
 MOMENTUM = [*SHORT, "--momentum", "0.9"]
@@ -86,9 +85,9 @@ def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
 def test_two_ranks_measure_the_scale_of_one_process(tmp_path):
     """A language model without dropout: no BatchNorm statistics that differ between the ranks."""
     arguments = [*TEXT, "--num-epoch", "1", "--limit-train", "4000", "--dropout", "0", "--gamma", "measured"]
-    command = [*TWO, META_TEST, *arguments, "--out", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
+    process = start(META_TEST, *arguments, "--out", tmp_path / "two")
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
     assert run(META_TEST, *arguments, "--out", tmp_path / "one").returncode == 0
     two, one = scale_of(tmp_path / "two"), scale_of(tmp_path / "one")
     assert two["trials"][0]["losses"][:60] == pytest.approx(one["trials"][0]["losses"][:60], rel=1e-3)

@@ -239,6 +239,8 @@ class Trainer:
                 if self.average and self.moves_average:
                     self.average.update()
                 yield next(steps)
+        except ImageFileError:
+            raise
         except ValueError as error:  # a loss that the formula of γ cannot take
             raise FloatingPointError(f"{error} (step {self.step + 1})") from None
         except (OverflowError, RuntimeError) as error:
