@@ -1,12 +1,11 @@
 """The measured LR scale: the peak learning rate of a run, found by training on real batches at trial rates.
 
-    measured = measure_lr_scale(network, optimizer, next_loss, num_steps)
+    measured = measure_lr_scale(network, optimizer, next_loss, num_steps, num_classes=10)
     schedule = MLRSNetLR(optimizer, nets, num_steps, gamma=measured.gamma)
 
-An LR range test, then three short cosines; network, optimizer and random generators are as before afterwards. Where the
-loss falls at no rate, the scale is a guess and `refusal` says why. In a run that may be resumed give the schedule a
-function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at its first step only. This file needs torch
-and mlr_snet only.
+An LR range test, then four short cosines; network, optimizer and random generators are as before afterwards. In a run
+that may be resumed give the schedule a function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at
+its first step only. This file needs torch and mlr_snet only.
 """
 
 import copy
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mlr_snet import (
+    LARGEST_LOSS,
     all_reduce_mean,
     bare_step,
     lr_ratios,
+    lr_scale,
     parameters_of,
     preserved,
     preserved_optimizer,
@@ -37,7 +39,7 @@ from mlr_snet import (
 
 RANGE_STEPS = 120  # in the range test, which spans five decades
 UNTRAINED_STEPS = 20  # the first of them, at rates that are too small to matter
-CLEARLY = 3  # standard errors by which the best trial has to end below the untrained loss
+CLEARLY = 1.2  # standard deviations of the batches' losses by which it has to fall: three standard errors
 
 
 @dataclass
@@ -72,128 +74,113 @@ class MeasuredScale:
 
 
 def usual_lr(optimizer: Optimizer) -> float:
-    """The rate that is best on the average calibration problem: 0.5 · (1 − ρ) for SGD with momentum ρ, 0.005 for Adam.
-
-    Other optimizers were not calibrated: Adadelta has torch's default of 1, the rest have Adam's.
-    """
+    """The best rate on the average calibration problem: 0.5 · (1 − ρ) for SGD with momentum ρ, 0.005 for Adam."""
     if isinstance(optimizer, torch.optim.SGD):
         return 0.5 * (1 - optimizer.param_groups[0]["momentum"])
-    return 1.0 if isinstance(optimizer, torch.optim.Adadelta) else 0.005
+    return 1.0 if isinstance(optimizer, torch.optim.Adadelta) else 0.005  # not calibrated: torch's default, and Adam's
 
 
 def run_over_trial(optimizer: Optimizer) -> float:
-    """c of measure_lr_scale: the best peak of a run over that of a trial.
-
-    Near the fits of the calibration; under Adam half-way from 0.6 to its fit. Like usual_lr, it has Adam's value for
-    the rest.
-    """
+    """c of measure_lr_scale: the best peak of a run over that of a trial, near the fits of the calibration."""
     if isinstance(optimizer, torch.optim.SGD):
         return 0.6 if optimizer.param_groups[0]["momentum"] else 0.7
-    return 0.5
+    return 0.4
 
 
-def guessed_scale(optimizer: Optimizer, range_test: Trial) -> float:
-    """The usual rate or, if lower, c · the rate at which the smoothed loss rises clearly above the untrained one."""
-    return min(usual_lr(optimizer), run_over_trial(optimizer) * _lr_of_rise(range_test))
+def guessed_scale(optimizer: Optimizer, loss: float, num_classes: int | None = None, perplexity: bool = False) -> float:
+    """The peak rate that the untrained loss suggests.
+
+        guess = γ / 2 for SGD, γ / 2 · 1.5·(1 − ρ) with momentum ρ; else usual_lr
+
+    γ is lr_scale. SGD has usual_lr, too, without classes and where the formula refuses the loss.
+    """
+    if num_classes is None or not isinstance(optimizer, torch.optim.SGD) or not 0 < loss <= LARGEST_LOSS:
+        return usual_lr(optimizer)
+    momentum = optimizer.param_groups[0]["momentum"]
+    share = 1.5 * (1 - momentum) if momentum else 1.0
+    return share * lr_scale(math.exp(loss) if perplexity else loss, num_classes) / 2
 
 
 def measure_lr_scale(
-    network: nn.Module,
-    optimizer: Optimizer,
-    next_loss: Callable[[], Any],
-    num_steps: int,
-    max_norm: float | None = None,
-    budget: int | None = None,
+    network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], num_steps: int,
+    max_norm: float | None = None, num_classes: int | None = None, perplexity: bool = False, budget: int | None = None,
 ) -> MeasuredScale:
     """The LR scale of a run of num_steps steps.
 
-        lr_range = c · the rate at which the smoothed loss of an LR range test is lowest
-        scale = c · Π peak^w, with w ∝ exp(−(loss − lowest loss) / (2·s)) and Σ w = 1
+        scale = median(guess, c · lr_range, c · lr_trial)
 
-    The three peaks are those of short cosines: lr_usual / c, lr_range / c and their geometric mean. Their loss is
-    the mean over the last third, and s the standard error of a difference of two such means by the noise of the
-    batches. Where even the lowest peak blows up, a quarter and a sixteenth of it replace the others.
+    guess is guessed_scale and c run_over_trial. lr_range is the rate at which the smoothed loss of an LR range test is
+    lowest. lr_trial is the best peak of four short cosines, from guess/c times 1/8, 1/2, 2 and 8, by the mean loss of
+    their second half. Where even the lowest peak blows up, the guess is divided by 64.
 
     next_loss: returns the 0-d training loss of the network on the next batch, with its graph; or a list or generator of
         the micro-batches' losses, whose sum is the loss of the step; or None where an epoch ends, and is asked again.
         Where it has state_dict and load_state_dict, every trial sees the same batches.
     max_norm: clips the gradient.
-    budget: the training steps to take, at least 135 (default: 150, or 5 % of num_steps if that is more).
+    num_classes, perplexity: as in MLRSNetLR, for the guess.
+    budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
     Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
-    no hooks of the optimizer. With several ranks all of them find the same scale. Where the loss falls at no rate, the
-    scale is guessed_scale: the falls in the range test and in the best trial have to be three standard errors together.
+    no hooks of the optimizer. With several ranks all of them find the same scale. Where the range test does not fall
+    clearly, the scale is the guess or, if lower, c · the rate at which the range test blows up.
 
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
-    optimizer, budget = unwrapped(optimizer), max(150, num_steps // 20) if budget is None else budget
-    if num_steps < 1 or budget < RANGE_STEPS + 15:
-        raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 15}")
-    usual, factor = usual_lr(optimizer), run_over_trial(optimizer)
+    optimizer, budget = unwrapped(optimizer), max(180, num_steps // 20) if budget is None else budget
+    if num_steps < 1 or budget < RANGE_STEPS + 20:
+        raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 20}")
+    usual, c = usual_lr(optimizer), run_over_trial(optimizer)
     try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm)
-    growth = 1e5 ** (1 / (RANGE_STEPS - 1))
-    range_rates = [usual / 1000 * growth**step for step in range(RANGE_STEPS)]
-    range_test = try_at("range test", range_rates, until=_has_blown_up)
+    range_rates = [usual * 10 ** (5 * step / (RANGE_STEPS - 1) - 3) for step in range(RANGE_STEPS)]
+    range_test = try_at("range test", range_rates, until=lambda losses: len(smoothed(losses)) < len(losses))
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
         raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
-    lr_of_lowest, lowest = _lowest(range_test)
-    range_fall = (start - lowest) / (noise * math.sqrt(2 / UNTRAINED_STEPS))
-    if range_fall < 2.2:
-        refusal = (
-            f"the training loss falls at no learning rate up to {range_test.rates[-1]:.2g}: from "
-            f"{start:.4g} to {lowest:.4g} at best; check loss and data, or give the scale as a number"
-        )
-        return MeasuredScale(guessed_scale(optimizer, range_test), [range_test], refusal)
-    trial_steps = (budget - len(range_test.rates)) // 3
+    guess, smooth = guessed_scale(optimizer, start, num_classes, perplexity), smoothed(range_test.losses)
+    lowest = min(smooth[UNTRAINED_STEPS:], default=start)
+    if start - lowest < CLEARLY * noise:
+        highest = range_test.rates[len(smooth) - 1]
+        refusal = (f"the training loss falls clearly at no learning rate up to {highest:.2g}: from {start:.4g} to "
+                   f"{lowest:.4g} at best; check loss and data, or give the scale as a number")
+        return MeasuredScale(min(guess, c * highest), [range_test], refusal)
+    trial_steps = (budget - len(range_test.rates)) // 4
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
-
-    def train_from(lr: float) -> Trial:
-        return try_at("cosine", [lr / factor * share for share in cosine])
-
-    low, high = sorted((usual, factor * lr_of_lowest))
-    trials = {low: train_from(low)}
-    others = (math.sqrt(low * high), high)
-    if _final_loss(trials[low]) > start + noise:
-        others = (low / 4, low / 16)
-    trials |= {lr: train_from(lr) for lr in others}
-    losses = {lr: _final_loss(trial) for lr, trial in trials.items()}
-    lowest, everything = min(losses.values()), [range_test, *trials.values()]
-    trial_fall = (start - lowest) / (noise * math.sqrt(1 / UNTRAINED_STEPS + 1 / _third(trial_steps)))
-    if range_fall + trial_fall < CLEARLY * math.sqrt(2):
-        tried = ", ".join(f"{lr / factor:.2g}" for lr in trials)
-        refusal = (
-            f"the training loss falls clearly at none of the peak learning rates {tried}: from {start:.4g} to "
-            f"{lowest:.4g} at best; give the scale as a number"
-        )
-        return MeasuredScale(guessed_scale(optimizer, range_test), everything, refusal)
-    error = noise * math.sqrt(2 / _third(trial_steps))
-    weights = {lr: math.exp((lowest - loss) / max(2 * error, 1e-12)) for lr, loss in losses.items()}
-    scale = math.exp(sum(weight * math.log(lr) for lr, weight in weights.items()) / sum(weights.values()))
-    return MeasuredScale(scale, everything)
+    peak, ratio, trials = guess / c / 8, 4.0, []
+    for number in range(4):
+        trials.append(try_at("cosine", [peak * share for share in cosine]))
+        if number == 0 and _final_loss(trials[0]) > start + noise:
+            guess, ratio = guess / 64, 1 / 4
+        peak *= ratio
+    lr_range, lr_trial = range_test.rates[smooth.index(lowest)], min(trials, key=_final_loss).rates[0]
+    return MeasuredScale(median((guess, c * lr_range, c * lr_trial)), [range_test, *trials])
 
 
 # ---------------------------------------------------------------------------------------------- trials
 
 
 def try_rates(
-    network: nn.Module,
-    optimizer: Optimizer,
-    next_loss: Callable[[], Any],
-    kind: str,
-    rates: list[float],
-    max_norm: float | None = None,
-    until: Callable[[list[float]], bool] = lambda losses: False,
+    network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], kind: str, rates: list[float],
+    max_norm: float | None = None, until: Callable[[list[float]], bool] = lambda losses: False,
 ) -> Trial:
     """Train one step at each of the rates, then restore everything as measure_lr_scale does.
 
     Ends early once `until` is true of the losses; it is asked every ten steps, since the host waits for its answer.
     """
     losses: list[float] = []
+    ratios = lr_ratios(optimizer)
     with _restored_run(network, optimizer, next_loss), torch.enable_grad():
-        while len(losses) < len(rates) and not until(losses):
-            losses += _losses_at(rates[len(losses) :][:10], network, optimizer, next_loss, max_norm)
+        while len(losses) < len(rates) and not (losses and until(losses)):
+            some = []
+            for lr in rates[len(losses) :][:10]:
+                for parameter in [*parameters_of(optimizer), *network.parameters()]:
+                    parameter.grad = None
+                some.append(_backward(next_loss))
+                if max_norm is not None:
+                    nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+                set_lr(optimizer, lr, ratios)
+                bare_step(optimizer)
+            losses += all_reduce_mean(torch.stack(some).double()).tolist()  # the means over the ranks
     return Trial(kind, rates[: len(losses)], losses)
 
 
@@ -215,22 +202,6 @@ def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> I
             numpy.random.set_state(numpy_state)
         if stream_state is not None:
             next_loss.load_state_dict(stream_state)
-
-
-def _losses_at(
-    rates: list[float], network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], max_norm: float | None,
-) -> list[float]:
-    """Train one step at each rate; the mean loss over the ranks before every step."""
-    losses, ratios = [], lr_ratios(optimizer)
-    for lr in rates:
-        for parameter in [*parameters_of(optimizer), *network.parameters()]:
-            parameter.grad = None
-        losses.append(_backward(next_loss))
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), max_norm)
-        set_lr(optimizer, lr, ratios)
-        bare_step(optimizer)
-    return all_reduce_mean(torch.stack(losses).double()).tolist()  # once, so that the host does not wait at every step
 
 
 def _backward(next_loss: Callable[[], Any]) -> Tensor:
@@ -262,46 +233,24 @@ def _untrained_loss(losses: list[float]) -> tuple[float, float]:
     return mean, max(first.diff().std().item() / math.sqrt(2), 1e-12 * abs(mean), 1e-300)
 
 
-def smoothed(losses: list[float], has_to_fall: bool = True) -> list[float]:
-    """The running mean of the range test's losses, up to where it blows up.
+def smoothed(losses: list[float]) -> list[float]:
+    """The running mean of the range test's losses, up to where it blows up: it has clearly lost a fifth of its fall.
 
-    That is once the loss has fallen and is again clearly worse than untrained: a network with BatchNorm can recover at
-    an absurd rate. Without has_to_fall, once it is clearly worse.
+    What follows does not count: a network can recover at an absurd rate.
     """
     start, noise = _untrained_loss(losses)
     means: list[float] = []
     total = weight = 0.0
     for loss in losses:
         total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
-        can_blow_up = len(means) > UNTRAINED_STEPS and (not has_to_fall or min(means) < start - noise)
-        if not math.isfinite(total) or (can_blow_up and total / weight > start + 3 * noise):
+        limit = 0.8 * min(means, default=start) + 0.2 * start + 3 * noise
+        if not math.isfinite(total) or (len(means) > UNTRAINED_STEPS and total / weight > limit):
             break
         means.append(total / weight)
     return means
 
 
-def _lr_of_rise(range_test: Trial) -> float:
-    """The rate at which the smoothed loss rises clearly above the untrained one; infinite where it does not."""
-    count = len(smoothed(range_test.losses, has_to_fall=False))
-    return range_test.rates[count] if count < len(range_test.rates) else math.inf
-
-
-def _has_blown_up(losses: list[float]) -> bool:
-    return len(losses) > UNTRAINED_STEPS and len(smoothed(losses)) < len(losses)
-
-
-def _lowest(range_test: Trial) -> tuple[float, float]:
-    """The rate at which the smoothed loss is lowest; and the lowest mean, over as many steps as the untrained loss."""
-    smooth = smoothed(range_test.losses)
-    losses = torch.tensor(range_test.losses[: len(smooth)], dtype=torch.float64)
-    return range_test.rates[smooth.index(min(smooth))], losses.unfold(0, UNTRAINED_STEPS, 1).mean(1).min().item()
-
-
 def _final_loss(trial: Trial) -> float:
-    """The mean loss of the last third; infinite if it blew up."""
-    last = trial.losses[-_third(len(trial.losses)) :]
+    """The mean loss of the second half; infinite if it blew up."""
+    last = trial.losses[len(trial.losses) // 2 :]
     return sum(last) / len(last) if all(map(math.isfinite, trial.losses)) else math.inf
-
-
-def _third(num_steps: int) -> int:
-    return max(1, num_steps // 3)

@@ -14,12 +14,13 @@ FINDER = ("lightning.pytorch.tuner.lr_finder", "_LRFinder")
 
 def lightning_lr_finder(
     network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Tensor], num_steps: int,
-    max_norm: float | None = None,
+    max_norm: float | None = None, num_classes: int | None = None, perplexity: bool = False,
 ) -> MeasuredScale:
     """The rate that Lightning's LR finder suggests by default. The arguments are those of measure_lr_scale.
 
-    The finder takes 100 steps whatever num_steps is. ValueError where the package lightning is missing, or where the
-    loss is finite at too few rates.
+    The finder takes 100 steps whatever num_steps is, and reads nothing but the losses: num_classes and perplexity make
+    no difference to it. ValueError where the package lightning is missing, or where the loss is finite at too few
+    rates.
     """
     from_package(*FINDER)  # refuses before a step is taken
     rates = finder_rates()

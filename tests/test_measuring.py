@@ -1,10 +1,16 @@
 """--gamma measured and --lr measured in the real scripts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from test_distributed import start
 from test_scripts import META_TEST, META_TRAIN, SMALL, TEXT, call, results, run, same
+from torch import nn
+
+from mlr_snet import lr_scale
+from mlr_snet_scale import MeasuredScale
+from training.measuring import measure
 
 SHORT = [*SMALL, "--num-epoch", "2"]
 MOMENTUM = [*SHORT, "--momentum", "0.9"]
@@ -17,7 +23,7 @@ def scale_of(folder):
 def test_auto_measures_with_momentum_and_uses_the_papers_formula_without(tmp_path, capsys):
     assert call(capsys, META_TEST, *MOMENTUM, "--out", tmp_path / "momentum").returncode == 0
     record = scale_of(tmp_path / "momentum")
-    assert 0 < record["scale"] < 5 and 147 < record["num_steps"] <= 150 and len(record["trials"]) == 4
+    assert 0 < record["scale"] < 5 and 176 < record["num_steps"] <= 180 and len(record["trials"]) == 5
     assert (tmp_path / "momentum" / "lr_scale.png").stat().st_size > 10_000
     cost = json.loads((tmp_path / "momentum" / "cost.json").read_text())
     assert cost["measuring_steps"] == record["num_steps"] and cost["backward_passes"] == record["num_steps"] + 8
@@ -60,10 +66,26 @@ def test_where_the_loss_falls_at_no_rate_a_guess_is_used_and_said(tmp_path, caps
     done = call(capsys, META_TEST, *MOMENTUM, "--schedule", "fixed", "--lr", "measured", "--out", out)
     assert done.returncode == 0 and "is a guess, not measured" in done.stderr
     record = scale_of(out)
-    assert 0.005 < record["scale"] <= 0.05 + 1e-9 and "falls clearly at none" in record["refusal"]
-    assert len(record["trials"]) == 4 and (out / "lr_scale.png").exists()
+    assert "falls clearly at no learning rate" in record["refusal"]
+    losses = record["trials"][0]["losses"][:20]
+    assert record["scale"] == pytest.approx(lr_scale(sum(losses) / 20, 10) / 2 * 1.5 * 0.1)  # the guess
+    assert len(record["trials"]) == 1 and (out / "lr_scale.png").exists()
     assert [float(row.split(",")[1]) for row in results(out)[0][1:]] == pytest.approx([record["scale"]] * 2)
     assert call(capsys, META_TEST, "--resume", "--out", out).returncode == 0
+
+
+@pytest.mark.parametrize(("num_classes", "perplexity", "clip"), [(10, False, None), (6397, True, 0.25)])
+def test_the_finder_is_told_the_clipping_and_the_classes_of_the_task(monkeypatch, num_classes, perplexity, clip):
+    told = {}
+    monkeypatch.setattr("training.measuring.TrainStream", lambda task, network: None)
+
+    def find(network, optimizer, next_loss, num_steps, max_norm, **rest):
+        told.update(num_steps=num_steps, max_norm=max_norm, **rest)
+        return MeasuredScale(0.1, [])
+
+    task = SimpleNamespace(num_classes=num_classes, perplexity=perplexity, clip=clip, steps_per_epoch=7)
+    measure(SimpleNamespace(resume=False, num_epoch=3), task, nn.Linear(1, 1), None, find)
+    assert told == {"num_steps": 21, "max_norm": clip, "num_classes": num_classes, "perplexity": perplexity}
 
 
 def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):

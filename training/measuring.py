@@ -70,7 +70,10 @@ def measure(
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
     try:
         with averaged_gradients(network):
-            result = find(network, optimizer, TrainStream(task, network), num_steps, task.clip)
+            result = find(
+                network, optimizer, TrainStream(task, network), num_steps, task.clip,
+                num_classes=task.num_classes, perplexity=task.perplexity,
+            )
     except (ImageFileError, OSError, RuntimeError) as error:  # on this rank only; the others wait in a collective
         if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
             raise
