@@ -88,17 +88,15 @@ def run_over_trial(optimizer: Optimizer) -> float:
 
 
 def guessed_scale(optimizer: Optimizer, loss: float, num_classes: int | None = None, perplexity: bool = False) -> float:
-    """The peak rate that the untrained loss suggests.
+    """The peak rate by the untrained loss: γ / 2 for SGD, γ / 2 · 1.5·(1 − ρ) with momentum ρ, usual_lr for the rest.
 
-        guess = γ / 2 for SGD, γ / 2 · 1.5·(1 − ρ) with momentum ρ; else usual_lr
-
-    γ is lr_scale. SGD has usual_lr, too, without classes and where the formula refuses the loss.
+    γ is lr_scale. Without classes, and where the formula refuses the loss, SGD has usual_lr, too.
     """
     if num_classes is None or not isinstance(optimizer, torch.optim.SGD) or not 0 < loss <= LARGEST_LOSS:
         return usual_lr(optimizer)
+    gamma = lr_scale(math.exp(loss) if perplexity else loss, num_classes)
     momentum = optimizer.param_groups[0]["momentum"]
-    share = 1.5 * (1 - momentum) if momentum else 1.0
-    return share * lr_scale(math.exp(loss) if perplexity else loss, num_classes) / 2
+    return gamma / 2 * (1.5 * (1 - momentum) if momentum else 1)
 
 
 def measure_lr_scale(
@@ -108,8 +106,9 @@ def measure_lr_scale(
     """The LR scale of a run of num_steps steps.
 
         scale = median(guess, c · lr_range, c · lr_trial)
+        guess = γ / 2 for SGD, γ / 2 · 1.5·(1 − ρ) with momentum ρ; the usual rate for others and without classes
 
-    guess is guessed_scale and c run_over_trial. lr_range is the rate at which the smoothed loss of an LR range test is
+    c is run_over_trial. lr_range is the rate at which the smoothed loss of an LR range test is
     lowest. lr_trial is the best peak of four short cosines, from guess/c times 1/8, 1/2, 2 and 8, by the mean loss of
     their second half. Where even the lowest peak blows up, the guess is divided by 64.
 
@@ -221,9 +220,6 @@ def _backward(next_loss: Callable[[], Any]) -> Tensor:
         loss.backward()
         total = loss.detach() + total.to(loss.device)
     return total
-
-
-# ---------------------------------------------------------------------------------------------- reading the losses
 
 
 def _untrained_loss(losses: list[float]) -> tuple[float, float]:
