@@ -108,9 +108,9 @@ def measure_lr_scale(
         scale = median(guess, c · lr_range, c · lr_trial)
         guess = γ / 2 for SGD, γ / 2 · 1.5·(1 − ρ) with momentum ρ; the usual rate for others and without classes
 
-    c is run_over_trial. lr_range is the rate at which the smoothed loss of an LR range test is
-    lowest. lr_trial is the best peak of four short cosines, from guess/c times 1/8, 1/2, 2 and 8, by the mean loss of
-    their second half. Where even the lowest peak blows up, the guess is divided by 64.
+    c is run_over_trial. lr_range is the rate at which the smoothed loss of an LR range test is lowest. lr_trial is the
+    best peak of four short cosines, guess/c times 1/6, 1/2, 3/2 or 9/2, by the mean loss of their second half; so the
+    scale is at most 4.5 guesses. Where even the lowest peak blows up, a 27th of the guess takes its place.
 
     next_loss: returns the 0-d training loss of the network on the next batch, with its graph; or a list or generator of
         the micro-batches' losses, whose sum is the loss of the step; or None where an epoch ends, and is asked again.
@@ -145,11 +145,11 @@ def measure_lr_scale(
         return MeasuredScale(min(guess, c * highest), [range_test], refusal)
     trial_steps = (budget - len(range_test.rates)) // 4
     cosine = [(1 + math.cos(math.pi * step / trial_steps)) / 2 for step in range(trial_steps)]
-    peak, ratio, trials = guess / c / 8, 4.0, []
+    peak, ratio, trials = guess / c / 6, 3.0, []
     for number in range(4):
         trials.append(try_at("cosine", [peak * share for share in cosine]))
         if number == 0 and _final_loss(trials[0]) > start + noise:
-            guess, ratio = guess / 64, 1 / 4
+            guess, ratio = guess / 27, 1 / 3
         peak *= ratio
     lr_range, lr_trial = range_test.rates[smooth.index(lowest)], min(trials, key=_final_loss).rates[0]
     return MeasuredScale(median((guess, c * lr_range, c * lr_trial)), [range_test, *trials])
