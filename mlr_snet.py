@@ -404,9 +404,9 @@ def hypergradient(
     """∂L_meta/∂lr = −⟨∇L_meta(ŵ), d_t⟩ at the lookahead point, or at the average of the weights; a 0-d tensor.
 
     Call it between the training loss's backward() and optimizer.step(): d_t comes from the gradients in .grad.
-    meta_loss returns the 0-d loss of the network on a held-out batch. Parameters, buffers, gradients and the optimizer
-    stay as they are; `network` may be a ModuleList of all modules that meta_loss runs. Groups whose ratio is None move
-    at their own rates. With several ranks meta_loss is this rank's, and the result is the mean over the ranks.
+    meta_loss returns the 0-d loss of the network on a held-out batch. Parameters, buffers, modes, gradients and the
+    optimizer stay as they are; `network` may be a ModuleList of all modules that meta_loss runs. Groups whose ratio is
+    None move at their own rates. With several ranks meta_loss is this rank's, and the result is the mean over them.
 
     Raises TypeError for an optimizer that is not affine in lr, and for a meta loss without a graph. RuntimeError where
     no parameter has a gradient, and where one that has got none from meta_loss, which would count as zero.
@@ -427,7 +427,9 @@ def hypergradient(
         term = _whole(update[parameter](weights[parameter]).mul_(gradient).sum())
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
+    modes = {module: module.training for module in network.modules()}
     with ExitStack() as stack:
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
         weights = stack.enter_context(lookahead(network, update, lr, rest, average))
         stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
         stack.enter_context(torch.enable_grad())
@@ -509,6 +511,8 @@ class MLRSNetLR:
             nets = load_schedules(nets) if isinstance(nets, str) else [nets]
         self.optimizer, self.nets = unwrapped(optimizer), list(nets)
         self.num_steps = _check_count("num_steps", num_steps)
+        if getattr(self.optimizer.step, "_wrapped_by_lr_sched", False):
+            warnings.warn("the optimizer has another scheduler: remove it, or leave out its groups", stacklevel=2)
         self._check_nets()
         self.num_classes, self.perplexity, self.scale_loss = num_classes, perplexity, scale_loss
         self.chosen_gamma = self._check_gamma(gamma)
@@ -520,7 +524,7 @@ class MLRSNetLR:
         self.ratios = self._first_ratios()
         self.steps_taken, self.phase, self.gamma = 0, -1, math.nan  # γ is set at the first step
         self.state = self.nets[0].initial_state()
-        self.fraction = self.state.new_zeros(())
+        self.fraction = self.state.new_full((), math.nan)
         self.recent_losses = self.state.new_full((100,), math.nan)
         self.lr_set: list[float | Tensor] = []
         self.level: float | None = None  # as read by prepare()
@@ -567,7 +571,7 @@ class MLRSNetLR:
         """One step of the LSTM, and the rate; a loss that is not finite changes neither state nor fraction."""
         is_finite = loss.isfinite()
         fraction, state = self.net(self._input(loss), self.state)
-        self.fraction.copy_(torch.where(is_finite, fraction, self.fraction))
+        self.fraction.copy_(torch.where(is_finite | self.fraction.isnan(), fraction, self.fraction))
         self.state.copy_(torch.where(is_finite, state, self.state))
         set_lr(self.optimizer, self.gamma * self._envelope() * on_host(self.fraction), self.ratios)
         self.lr_set = self.get_last_lr()
@@ -580,7 +584,8 @@ class MLRSNetLR:
         if not self.cooldown:
             return rise
         if self.steps_taken == self.num_steps:
-            warnings.warn(f"the planned {self.num_steps} steps are over: the cool-down ends at rate 0", stacklevel=5)
+            over = f"the planned {self.num_steps} optimizer steps (not epochs or micro-batches) are over"
+            warnings.warn(f"{over}: the cool-down ends at rate 0", stacklevel=5)
         return min(rise, max(0.0, (1 - done) / self.cooldown))
 
     def _learn(self, loss: Tensor) -> None:
@@ -627,7 +632,7 @@ class MLRSNetLR:
         """Continue from state_dict(); its γ replaces a number, with a warning where they differ.
 
         Raises ValueError for a state of another schedule, and of a run of another length: with `rescale` it continues
-        at the same share of this run.
+        at the same share of this run. To keep the number of steps instead, set `steps_taken` afterwards.
         """
         expected = self.state_dict().keys()
         if state.keys() != expected:
@@ -678,7 +683,7 @@ class MLRSNetLR:
             raise ValueError(
                 "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
                 "gamma=lambda: measure_lr_scale(network, optimizer, next_loss, num_steps).gamma with "
-                "mlr_snet_scale.measure_lr_scale, a number, or gamma='paper'"
+                "mlr_snet_scale.measure_lr_scale, or a number, twice the peak rate that you would use"
             )
         if self.num_classes is None:
             raise ValueError(f"num_classes is missing, which gamma={gamma!r} needs; without classes {_GIVE_A_NUMBER}")
@@ -729,6 +734,11 @@ class MLRSNetLR:
             warnings.warn(
                 "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
                 "it: call step(loss) between backward() and optimizer.step()", stacklevel=4,
+            )
+        elif self.phase < 0 and not self.steps_taken and self.optimizer.state:
+            warnings.warn(
+                "the optimizer has trained before, and this schedule starts at its first step: in a resumed run load "
+                "the schedule's state_dict(), too", stacklevel=4,
             )
 
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
@@ -813,8 +823,12 @@ class MetaMLRSNetLR(MLRSNetLR):
         average_decay: float | None = None,
         **options: Any,
     ):
+        if not isinstance(net, MLRSNet):
+            raise TypeError(f"net {net!r}: give one MLRSNet, the net that learns")
         super().__init__(optimizer, net, num_steps, **options)
         check_affine(self.optimizer)
+        if not set(parameters_of(self.optimizer)) & set(network.parameters()):
+            raise ValueError("network shares no parameter with the optimizer: give the one that trains, not a copy")
         if any(getattr(module, "sparse", False) for module in network.modules()):
             raise TypeError("a module has sparse gradients, which are not supported; build it with sparse=False")
         self.t_val = max(1, num_steps // 80) if t_val is None else _check_count("t_val", t_val)
@@ -868,11 +882,21 @@ class MetaMLRSNetLR(MLRSNetLR):
         lengths = [_whole(direction(parameter).norm()) for parameter, direction in update.items()]
         moved = float(lr) * torch.stack(lengths).norm()
         self.is_checked = bool(moved.isfinite())
-        if self.is_checked and moved > 10 * weights.clamp(min=1):
+        if self.is_checked and (moved > 10 * weights.clamp(min=1) or self._has_scaled_gradients()):
             raise RuntimeError(
                 f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
                 "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma"
             )
+
+    def _has_scaled_gradients(self) -> bool:
+        """Whether the gradients are a hundred times as long as the averages that the optimizer keeps of them."""
+        lengths = []
+        for parameter, state in self.optimizer.state.items():
+            average = state.get("exp_avg", state.get("momentum_buffer"))
+            if average is not None and parameter.grad is not None:
+                lengths.append(torch.stack([_whole(parameter.grad.norm()), _whole(average.norm())]))
+        gradients, averages = torch.stack(lengths).norm(dim=0).tolist() if lengths else (0.0, 0.0)
+        return 0 < 100 * averages < gradients
 
     def state_dict(self) -> dict[str, Any]:
         averaged = {"average": self.average.state_dict()} if self.average else {}

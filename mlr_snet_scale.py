@@ -12,6 +12,7 @@ import copy
 import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,12 @@ class MeasuredScale:
 
     @property
     def gamma(self) -> float:
-        """The γ of an MLR-SNet, twice the peak rate: an untrained net gives half of γ, and so starts at the peak."""
+        """The γ of an MLR-SNet, twice the peak rate: an untrained net gives half of γ, and so starts at the peak.
+
+        Warns where the scale is a guess.
+        """
+        if self.refusal:
+            warnings.warn(f"the LR scale {self.scale:.3g} is a guess: {self.refusal}", stacklevel=2)
         return 2 * self.scale
 
     @property

@@ -88,7 +88,7 @@ def test_the_hypergradient_follows_the_envelope_by_the_chain_rule():
 def test_past_the_end_of_a_cool_down_the_rate_is_0_and_said_once():
     schedule = MLRSNetLR(one_weight_sgd(), load_schedules(), 5, gamma=1.0, cooldown=0.4)
     rates(schedule, [2.0] * 5)
-    with pytest.warns(UserWarning, match="planned 5 steps are over") as caught:
+    with pytest.warns(UserWarning, match="planned 5 optimizer steps") as caught:
         assert rates(schedule, [2.0] * 3) == [0.0] * 3
     assert len(caught) == 1
 
@@ -205,7 +205,8 @@ def test_what_another_scheduler_left_behind_does_not_count():
     optimizer = SGD([{"params": weights[0]}, {"params": weights[1]}], lr=0.1)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # sets initial_lr
     optimizer.param_groups[1]["lr"] = 0.05  # layer decay
-    schedule = MLRSNetLR(optimizer, load_schedules(), 20, gamma=1.0)
+    with pytest.warns(UserWarning, match="another scheduler"):
+        schedule = MLRSNetLR(optimizer, load_schedules(), 20, gamma=1.0)
     schedule.step(2.0)
     first, second = schedule.get_last_lr()
     assert second == pytest.approx(first / 2)
@@ -597,3 +598,63 @@ def test_micro_batches_are_measured_as_their_sum():
     several = measure_lr_scale(network, optimizer, lambda: (part(slice(a, a + 16)) for a in range(0, 64, 16)), 440)
     assert several.scale == pytest.approx(whole.scale, rel=1e-3)
     assert same(state.values(), network.state_dict().values())
+
+
+# ---------------------------------------------------------------------------------------------- what public code did
+
+
+@pytest.mark.parametrize("scale", [128.0, 1024.0, 65536.0])
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_scaled_gradients_show_against_the_averages_of_the_optimizer(kind, scale):
+    makers = {"momentum": lambda p: SGD(p, lr=1e-3, momentum=0.9), "adam": lambda p: torch.optim.AdamW(p, lr=1e-3)}
+    network, optimizer = trained(makers[kind], steps=8)
+    loss_on(network, 8).backward()
+    meta_schedule(network, optimizer, gamma=1e-3).step(1.0)  # unscaled, no matter how often
+    for parameter in network.parameters():
+        parameter.grad.mul_(10 * scale)
+    with pytest.raises(RuntimeError, match="scaler.unscale_"):
+        meta_schedule(network, optimizer, gamma=1e-3).step(1.0)
+
+
+def test_a_meta_loss_that_changes_the_mode_leaves_it_as_it_was():
+    network, optimizer = trained(lambda p: SGD(p, lr=0.1))
+    network[1].eval()
+    meta_schedule(network, optimizer, lambda: loss_on(network.eval(), 99)).step(1.0)
+    assert network.training and network[0].training and not network[1].training
+
+
+@pytest.mark.parametrize("meta_point", ["lookahead", "average"])
+def test_a_network_that_is_a_copy_is_refused_at_the_start(meta_point):
+    network = small_network()
+    with pytest.raises(ValueError, match="not a copy"):
+        meta_schedule(copy.deepcopy(network), SGD(network.parameters(), lr=0.1), meta_point=meta_point)
+
+
+@pytest.mark.parametrize("net", ["recommended", None, []])
+def test_what_is_no_net_cannot_learn(net):
+    network = small_network()
+    with pytest.raises(TypeError, match="the net that learns"):
+        MetaMLRSNetLR(SGD(network.parameters(), lr=0.1), net, network, lambda: None, 10, num_classes=4)
+
+
+@pytest.mark.parametrize("kind", [lambda p: SGD(p, lr=0.1, momentum=0.9), torch.optim.AdamW])
+def test_a_state_that_was_not_loaded_is_warned_of(kind):
+    network, optimizer = trained(kind)
+    with pytest.warns(UserWarning, match="load the schedule's state_dict"):
+        MLRSNetLR(optimizer, "paper", 8, gamma=0.1).step(1.0)
+
+
+def test_a_guessed_scale_warns_where_it_is_read():
+    network = nn.Linear(4, 4)
+    measured = measure_lr_scale(
+        network, SGD(network.parameters(), lr=1.0), lambda: 0 * network.weight.sum() + torch.rand(()), 440
+    )
+    with pytest.warns(UserWarning, match="is a guess"):
+        assert measured.gamma == 2 * measured.scale
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_first_loss_that_is_not_finite_does_not_stop_the_run(bad):
+    schedule = MLRSNetLR(one_weight_sgd(), "paper", 8, gamma=0.1)
+    first, second = rates(schedule, [bad, 2.0])
+    assert 0 < first < 0.1 and 0 < second < 0.1
