@@ -427,9 +427,8 @@ def hypergradient(
         term = _whole(update[parameter](weights[parameter]).mul_(gradient).sum())
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
-    modes = {module: module.training for module in network.modules()}
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        stack.enter_context(_preserved_modes(network))
         weights = stack.enter_context(lookahead(network, update, lr, rest, average))
         stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
         stack.enter_context(torch.enable_grad())
@@ -445,6 +444,17 @@ def hypergradient(
                 take(parameter)
     _check_arrived(driven, terms, network)
     return -all_reduce_mean(torch.stack([terms[parameter] for parameter in driven]).sum(), process_group)
+
+
+@contextmanager
+def _preserved_modes(network: nn.Module) -> Iterator[None]:
+    """Restores which of its modules are in training mode."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 def _check_arrived(driven: list[nn.Parameter], terms: dict[nn.Parameter, Tensor], network: nn.Module) -> None:
