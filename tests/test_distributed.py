@@ -153,7 +153,7 @@ def ends_of_ranks(flags, words, out):
 # The others would wait for each other.
 @pytest.mark.parametrize("flags", [
     "--precision bf16", *[pytest.param(flags, marks=pytest.mark.slow) for flags in (
-        "--t-val 1", "--batch-size 32", "--seed 1", "--limit-test 50", "--optimizer adam",
+        "--t-val 1", "--batch-size 32", "--seed 1", "--limit-test 50", "--wd 0.1",
     )],
 ])
 def test_ranks_with_different_arguments_are_refused_in_one_line(flags, tmp_path):
