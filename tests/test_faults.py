@@ -221,6 +221,7 @@ LONGER = ["--num-epoch", "12"]
 
 
 @LINUX
+@pytest.mark.slow
 def test_ranks_that_are_killed_end_as_unbroken_ones(tmp_path):
     words = [*WORDS, *LONGER, "--t-val", "2"]
     assert end_of_ranks(META_TRAIN, words, tmp_path / "whole", [], random.Random(0)) == 0

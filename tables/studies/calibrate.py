@@ -100,7 +100,8 @@ def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str
     """What measure_lr_scale says of a run, or where it refuses its guess and why."""
     training = Training(problem, data, seed)
     optimizer = OPTIMIZERS[problem.optimizer](training.network.parameters())
-    measured = measure_lr_scale(training.network, optimizer, LossStream(training), num_steps, problem.max_norm)
+    measured = measure_lr_scale(training.network, optimizer, LossStream(training), num_steps, problem.max_norm,
+                                training.data.num_outputs, problem.is_text)
     outcome = {"refusal": measured.refusal} if measured.refusal else {"num_steps": measured.num_steps}
     return {"scale": float(f"{measured.scale:.4g}"), **outcome}
 
