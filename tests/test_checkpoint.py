@@ -58,6 +58,12 @@ WRONG = {
     "momentum of another shape": part("optimizer", lambda optimizer: remember(optimizer, "momentum_buffer", SMALL)),
     "momentum of words": part("optimizer", lambda optimizer: remember(optimizer, "momentum_buffer", "a")),
     "no option momentum": part("optimizer", lambda optimizer: optimizer["param_groups"][0].pop("momentum")),
+    "another momentum": part("optimizer", lambda optimizer: optimizer["param_groups"][0].update(momentum=0.5)),
+    "another weight decay": part("optimizer", lambda optimizer: optimizer["param_groups"][0].update(weight_decay=0.1)),
+    "no momentum": part("optimizer", lambda optimizer: optimizer.update(state={})),
+    "other betas of Adam": part(
+        "schedule", lambda schedule: schedule["adam"]["param_groups"][0].update(betas=(0.5, 0.9))
+    ),
     "rows of words": part("metrics", lambda metrics: metrics.update(rows=["a"])),
     "no rows": part("metrics", lambda metrics: metrics.update(rows=[])),
     "a row without the LR": part("metrics", lambda metrics: metrics["rows"][0].pop("lr")),
@@ -123,3 +129,14 @@ def test_a_stopped_run_goes_on(folders, tmp_path, monkeypatch, capsys):
         folder = stopped(words, tmp_path / words[3], monkeypatch, capsys)
         forge(folder, lambda state: None)
         assert call(capsys, META_TRAIN, "--resume", "--out", folder).returncode == 0
+
+
+def test_the_optimizers_own_rate_in_a_checkpoint_does_not_matter(tmp_path, monkeypatch, capsys):
+    words = [*TRAIN, "--momentum", "0.9", "--gamma", "0.1"]
+    networks = []
+    for rate in (0.0, 7.0):
+        folder = stopped(words, tmp_path / str(rate), monkeypatch, capsys)
+        forge(folder, part("optimizer", lambda optimizer, rate=rate: optimizer["param_groups"][0].update(lr=rate)))
+        assert call(capsys, META_TRAIN, "--resume", "--out", folder).returncode == 0
+        networks.append(torch.load(folder / "network.pth"))
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())

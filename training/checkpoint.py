@@ -13,6 +13,7 @@ FORMAT = 4  # of the file
 KINDS: dict[str, Any] = {
     "arguments": dict, "data": str, "step": int, "hidden": (tuple, list, type(None)), "parts": dict, "rng": list,
 }
+OPTIONS = ("momentum", "dampening", "nesterov", "weight_decay", "betas", "eps", "maximize")
 
 
 class Checkpoint:
@@ -62,8 +63,11 @@ class Checkpoint:
             if state["parts"].keys() != self.parts.keys():
                 raise ValueError(f"its parts are {', '.join(state['parts'])}")
             for name, part in self.parts.items():
+                options = _options(part)
                 part.load_state_dict(state["parts"][name])
-                _check_fit(part, state["parts"][name])
+                if _options(part) != options:
+                    raise ValueError(f"the options of an optimizer are {_options(part)}, not {options}")
+                _check_fit(part, state["parts"][name], state["step"])
             self._restore_rng(state["rng"])
             return state["step"], shard_hidden(state["hidden"])
         except Exception as error:  # parts fail in many ways; each ends in this one line
@@ -94,15 +98,29 @@ class Checkpoint:
         return state
 
 
-def _check_fit(part: Any, state: dict[str, Any]) -> None:
+def _optimizers(part: Any) -> list[Optimizer]:
+    """The part itself, or its attributes: MLR-SNet is learned by an optimizer of its own."""
+    return [value for value in (part, *vars(part).values()) if isinstance(value, Optimizer)]
+
+
+def _options(part: Any) -> list[dict[str, Any]]:
+    """The options of each parameter group that no schedule changes."""
+    groups = [group for optimizer in _optimizers(part) for group in optimizer.param_groups]
+    return [{name: group.get(name) for name in OPTIONS if group.get(name) is not None} for group in groups]
+
+
+def _check_fit(part: Any, state: dict[str, Any], step: int) -> None:
     """ValueError for what load_state_dict takes, though it cannot be of this part: other precision, other sizes."""
     if isinstance(part, nn.Module):
         for name, value in part.state_dict().items():
             if value.dtype != state[name].dtype:
                 raise ValueError(f"{name} is {state[name].dtype}, not {value.dtype}")
-    for optimizer in (part, *vars(part).values()):  # MLR-SNet is learned by one of its own
-        if isinstance(optimizer, Optimizer):
-            for weight, memory in optimizer.state.items():
-                for name, value in memory.items():
-                    if isinstance(value, Tensor) and value.numel() not in (1, weight.numel()):
-                        raise ValueError(f"{name} of a weight of {weight.numel()} numbers has {value.numel()}")
+    if isinstance(part, Optimizer) and step and not part.state and any(map(part.defaults.get, ("momentum", "betas"))):
+        raise ValueError(f"the optimizer has no memory of its {step} steps")
+    for optimizer in _optimizers(part):
+        for weight, memory in optimizer.state.items():
+            for name, value in memory.items():
+                if not isinstance(value, Tensor | float | int | None):
+                    raise ValueError(f"{name} of a weight is {value}")
+                if isinstance(value, Tensor) and value.numel() not in (1, weight.numel()):
+                    raise ValueError(f"{name} of a weight of {weight.numel()} numbers has {value.numel()}")
