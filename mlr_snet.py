@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
@@ -925,7 +925,7 @@ class MetaMLRSNetLR(MLRSNetLR):
 class Task(Protocol):
     """What the loop needs of a problem; data/ has the implementations."""
 
-    num_classes: int  # language models: the size of the vocabulary
+    num_classes: int | None  # language models: the size of the vocabulary; None for regression
     perplexity: bool  # whether the problem is measured by perplexity
     steps_per_epoch: int
     clip: float | None  # the largest norm of the gradient
@@ -936,8 +936,13 @@ class Task(Protocol):
     def meta_batches(self, start: int) -> Iterator[Any]:
         """The endless stream of meta batches, from number `start` on."""
 
+    def micro_batches(self, batch: Any) -> list[Any]:
+        """The parts of a training batch whose gradients are accumulated, as many on every rank."""
+
     def loss(self, network: nn.Module, batch: Any, hidden: Any) -> tuple[Tensor, Tensor, Any]:
         """The 0-d loss, the batch's accuracy in %, and the hidden state for the next batch (None for images).
+
+        Those of micro-batches add up to those of their batch.
 
         With several ranks a batch is this rank's shard, and the means over the ranks are those of the whole batch.
         """
@@ -993,9 +998,14 @@ def train(
     steps = range(start, num_epochs * task.steps_per_epoch)
     for number, batch in zip(steps, task.train_batches(start), strict=False):
         schedule.prepare()
-        loss, accuracy, hidden = task.loss(network, batch, hidden)  # ℓ_t
         optimizer.zero_grad()
-        loss.backward(retain_graph=schedule.second_order)
+        losses, accuracies = [], []
+        for part in task.micro_batches(batch):
+            loss, accuracy, hidden = task.loss(network, part, hidden)
+            loss.backward(retain_graph=schedule.second_order)
+            losses.append(loss)
+            accuracies.append(accuracy)
+        loss, accuracy = reduce(torch.add, losses), reduce(torch.add, accuracies)  # ℓ_t
         if task.clip is not None:
             nn.utils.clip_grad_norm_(network.parameters(), task.clip)
         schedule.step(loss)

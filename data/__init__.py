@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .corruption import DEFAULT_SEVERITY, PUBLISHED, Corruption
 from .images import Data, ImageTask
 from .in_memory import cifar10, cifar10_c, cifar100, cifar100_c, digits, folder, svhn
+from .regression import PREDICTED, RegressionTask
 from .streamed import imagenet, tinyimagenet
 from .text import TextTask, ptb, pydoc, text_folder
 
@@ -20,12 +22,14 @@ PUBLISHED_CORRUPTED = {"cifar10-c": 100, "cifar100-c": 1000}  # with the number 
 IMAGE_FILES = ("folder", *STREAMED)  # one file per image
 TEXTS = {"ptb": ptb, "text": text_folder, "pydoc": pydoc}
 DATASETS = [*IMAGES, *TEXTS]
+PREDICTIONS = ["class", *PREDICTED]
 
 
 def build_task(
     name: str, root: Path, *, seed: int = 0, image_size: int | None = None, tokens: str = "word",
     workers: int | None = None, skip_bad_images: bool = False, corruption: str | None = None,
-    severity: int | None = None, label_noise: float | None = None, noise_kind: str | None = None, **options: Any
+    severity: int | None = None, label_noise: float | None = None, noise_kind: str | None = None,
+    predict: str = "class", **options: Any
 ) -> ImageTask | TextTask:
     """The task of the data set `name` under `root`; `options` are those of ImageTask or TextTask.
 
@@ -33,7 +37,8 @@ def build_task(
     read a streamed data set, by default one per core and at most 8. skip_bad_images leaves out image files that cannot
     be read; without it they raise files.ImageFileError, in a streamed data set when their turn comes. corruption,
     severity (0 to 5, default 3), label_noise (a share) and noise_kind (default "uniform") spoil the training images,
-    see corruption.py. Raises ValueError for data that are not available.
+    see corruption.py. predict is "class", or one of PREDICTED for regression on images, see regression.py. Raises
+    ValueError for data that are not available.
     """
     if name in TEXTS:
         return TextTask(TEXTS[name](root, tokens), **options)
@@ -60,6 +65,9 @@ def build_task(
         options["corruption"] = Corruption(corruption, severity, seed)
     data = IMAGES[name](root, image_size, seed, **for_loader)
     workers = min(os.cpu_count() or 1, 8) if workers is None else workers
-    return ImageTask(
+    if predict == "class" and data.num_classes < 2:
+        raise ValueError(f"{name} has {data.num_classes} class, and a network learns to tell at least 2 apart")
+    make = ImageTask if predict == "class" else partial(RegressionTask, predict=predict)
+    return make(
         data, seed=seed, workers=workers, label_noise=label_noise or 0.0, noise_kind=noise_kind or "uniform", **options
     )

@@ -119,11 +119,15 @@ class ImageTask:
 
     The meta images are class-balanced, chosen by the seed, and disjoint from the training images. A batch depends on
     the seed and the step alone. `corruption` damages the training images, and a share `label_noise` of the training
-    labels is wrong; meta and test data stay clean. Raises ValueError for sizes that the data set does not allow.
+    labels is wrong; meta and test data stay clean. A training batch is taken in `accumulate` micro-batches. Raises
+    ValueError for sizes that the data set does not allow.
     """
 
     perplexity = False
     clip: float | None = None
+    metric = "acc"  # test_acc and train_acc are its columns of metrics.csv
+    num_classes: int | None
+    num_outputs: int  # of the network
 
     def __init__(
         self,
@@ -137,6 +141,7 @@ class ImageTask:
         corruption: Corruption | None = None,
         label_noise: float = 0.0,
         noise_kind: str = "uniform",
+        accumulate: int = 1,
         device: torch.device,
         autocast: Callable[[], Any] = contextlib.nullcontext,
         workers: int = 0,
@@ -172,8 +177,9 @@ class ImageTask:
         if label_noise:
             noisy = noisy_labels(labels, self.train_indices, data.num_classes, label_noise, noise_kind, seed)
             self.train.labels, self.train.true_labels = noisy.to(device), self.train.labels
-        self.num_classes, self.image_size = data.num_classes, data.image_size  # pixels
-        self.seed, self.batch_size = seed, batch_size
+        self.num_classes = self.num_outputs = data.num_classes
+        self.image_size = data.image_size  # pixels
+        self.seed, self.batch_size, self.accumulate = seed, batch_size, accumulate
         self.device, self.autocast = device, autocast
         self.steps_per_epoch = len(cut(self.train_indices, batch_size))
         size, images = data.image_size, min(batch_size, len(self.train_indices))
@@ -207,18 +213,36 @@ class ImageTask:
         The accuracy is 0-d. Under label noise it is (2,): the accuracy on the noisy labels and that on the true ones.
         """
         with self.autocast():
-            logits = network(batch.inputs)
+            outputs = network(batch.inputs)
         number = batch.size / world_size()  # so that the mean over the ranks is the whole batch's
-        guesses = logits.detach().argmax(1)
-        accuracy = 100 * ((guesses == batch.targets).sum() / number)
+        loss, correct = self.sums(outputs, batch.targets)
+        accuracy = 100 * (correct.detach() / number)
         if batch.true_targets is not None:
-            accuracy = torch.stack([accuracy, 100 * ((guesses == batch.true_targets).sum() / number)])
-        return functional.cross_entropy(logits.float(), batch.targets, reduction="sum") / number, accuracy, hidden
+            truly_correct = (outputs.detach().argmax(1) == batch.true_targets).sum()
+            accuracy = torch.stack([accuracy, 100 * (truly_correct / number)])
+        return loss / number, accuracy, hidden
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over the images of the cross-entropy and of the correct guesses, 0-d."""
+        loss = functional.cross_entropy(outputs.float(), targets, reduction="sum")
+        return loss, (outputs.detach().argmax(1) == targets).sum()
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """The batch in parts, as many on every rank; their losses add up to that of the batch.
+
+        A part has at least two images, for BatchNorm.
+        """
+        number = max(1, min(self.accumulate, batch.size // world_size() // 2))
+        if number == 1:
+            return [batch]
+        tensors = [batch.inputs, batch.targets, *([] if batch.true_targets is None else [batch.true_targets])]
+        parts = zip(*(tensor.tensor_split(number) for tensor in tensors), strict=True)
+        return [Batch(inputs, targets, batch.size, *others) for inputs, targets, *others in parts]
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Mean loss and accuracy (%) over the test images. Restores the network's mode."""
         loss, accuracy = self._measure(network, self.test, self.test_indices)
-        return {"test_loss": loss, "test_acc": accuracy}
+        return {"test_loss": loss, f"test_{self.metric}": accuracy}
 
     def validate(self, network: nn.Module) -> float:
         """Mean loss over the meta images, without augmentation. ValueError if there are none."""
@@ -237,7 +261,7 @@ class ImageTask:
 
         Under label noise, clean_accuracy is the accuracy on the true labels.
         """
-        columns = {"train_loss": loss, "train_acc": accuracy}
+        columns = {"train_loss": loss, f"train_{self.metric}": accuracy}
         if clean_accuracy is not None:
             columns["train_clean_acc"] = clean_accuracy
         return columns
@@ -251,9 +275,10 @@ class ImageTask:
         loss = correct = 0.0
         for batch in self._batches(split, ((part, None) for part in indices.to(self.device).split(500))):
             with self.autocast():
-                logits = network(batch.inputs)
-            loss += functional.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
-            correct += (logits.argmax(1) == batch.targets).sum().item()
+                outputs = network(batch.inputs)
+            batch_loss, batch_correct = self.sums(outputs, batch.targets)
+            loss += batch_loss.item()
+            correct += batch_correct.item()
         network.train(training)
         loss, correct = all_reduce_sum(loss, correct)
         return loss / len(indices), 100 * correct / len(indices)

@@ -24,7 +24,7 @@ def epoch_changes(task: Task, num_epochs: int, num_nets: int) -> list[int] | Non
 
 
 class LossStream:
-    """Calling it returns the 0-d loss of the network on the next batch, with its graph.
+    """The losses of the network on batch after batch, with their graphs.
 
     batches_from(number) is the endless stream of batches from that number on. A language model's hidden state is kept
     from one batch to the next. With several ranks, the loss is this rank's share of it: the mean over the ranks is the
@@ -36,11 +36,14 @@ class LossStream:
         self.hidden: Hidden = None
         self.batches: Iterator[Any] | None = None
 
-    def __call__(self) -> Tensor:
+    def next_batch(self) -> Any:
         if self.batches is None:
             self.batches = self.batches_from(self.index)
-        loss, _, self.hidden = self.task.loss(self.network, next(self.batches), self.hidden)
         self.index += 1
+        return next(self.batches)
+
+    def loss(self, batch: Any) -> Tensor:
+        loss, _, self.hidden = self.task.loss(self.network, batch, self.hidden)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,14 +54,20 @@ class LossStream:
 
 
 class MetaStream(LossStream):
-    """The losses on the task's meta batches, which steer MLR-SNet."""
+    """Calling it returns the 0-d loss on the task's next meta batch, which steers MLR-SNet."""
 
     def __init__(self, task: Task, network: nn.Module):
         super().__init__(task, network, task.meta_batches)
 
+    def __call__(self) -> Tensor:
+        return self.loss(self.next_batch())
+
 
 class TrainStream(LossStream):
-    """The losses on the task's training batches, for measuring the LR scale."""
+    """Calling it yields the losses on the micro-batches of the next training batch, for measuring the LR scale."""
 
     def __init__(self, task: Task, network: nn.Module):
         super().__init__(task, network, task.train_batches)
+
+    def __call__(self) -> Iterator[Tensor]:
+        return map(self.loss, self.task.micro_batches(self.next_batch()))

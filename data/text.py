@@ -189,6 +189,8 @@ class TextTask:
     """
 
     perplexity = True
+    metric = "ppl"  # test_ppl and train_ppl are its columns of metrics.csv
+    num_classes: int | None
 
     def __init__(
         self,
@@ -225,7 +227,8 @@ class TextTask:
         # Deviation: the authors read the test text in one column. Ten are faster; nine more tokens lack their context.
         self.valid = Columns(splits["valid"], evaluation_columns, seq_len, device)
         self.test = Columns(splits["test"], evaluation_columns, seq_len, device)
-        self.num_classes, self.autocast = len(data.vocabulary), autocast
+        self.num_classes = self.num_outputs = len(data.vocabulary)
+        self.autocast = autocast
         self.steps_per_epoch = self.train.num_pieces
         self._fingerprint = _fingerprint(list(splits.values()), data.vocabulary)
 
@@ -240,6 +243,10 @@ class TextTask:
     def meta_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of batches of the validation text, from batch number `start` on."""
         return map(self.meta.piece, itertools.count(start))
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """The batch as a whole."""
+        return [batch]
 
     def loss(self, network: nn.Module, batch: Batch, hidden: Hidden) -> tuple[Tensor, Tensor, Hidden]:
         """The batch's mean negative log-likelihood (0-d), its accuracy in %, and the next hidden state, detached."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .convnet import convnet, denoiser
 from .densenet import densenet121
 from .gpt import gpt
 from .lstm import lstm2, lstm3
@@ -30,6 +31,8 @@ IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "nasnet": nasnet,
     "densenet121": densenet121,
     "vit": vit,
+    "convnet": convnet,
+    "denoiser": denoiser,
 }
 LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"lstm2": lstm2, "lstm3": lstm3, "gpt": gpt}
 NETWORKS = IMAGE_NETWORKS | LANGUAGE_MODELS
@@ -37,19 +40,19 @@ INPUT_SIZES = {"vit": "image_size", "gpt": "seq_len"}  # the size of the input t
 
 
 def build_network(
-    name: str, num_classes: int, *, image_size: int = 32, seq_len: int = 512, **options: Any
+    name: str, num_outputs: int, *, image_size: int = 32, seq_len: int = 512, **options: Any
 ) -> nn.Module:
     """The network of that name, for images (batch, 3, h, w) or tokens (length, batch).
 
-    num_classes is the number of classes, or of words in the vocabulary. image_size is in pixels and seq_len in tokens;
-    only some networks depend on them. options are embed_size and dropout of a language model. ValueError for an
-    unknown name, too few classes or a size that does not fit.
+    num_outputs is the number of classes, of words in the vocabulary, or of channels for the denoiser. image_size is in
+    pixels and seq_len in tokens; only some networks depend on them. options are embed_size and dropout of a language
+    model. ValueError for an unknown name, no output or a size that does not fit.
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}: choose from {', '.join(NETWORKS)}")
-    if num_classes < 2:
-        raise ValueError(f"{num_classes} classes: need at least 2")
+    if num_outputs < 1:
+        raise ValueError(f"{num_outputs} outputs: need at least 1")
     if name in INPUT_SIZES:
         size = {"image_size": image_size, "seq_len": seq_len}[INPUT_SIZES[name]]
         options[INPUT_SIZES[name]] = size
-    return NETWORKS[name](num_classes, **options)
+    return NETWORKS[name](num_outputs, **options)

@@ -131,8 +131,6 @@ def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) ->
     if not method.has_momentum:
         arguments.pop("momentum", None)
     arguments |= method.flags
-    if preset == "smoke" and method.t_val:
-        arguments["t-val"] = str(min(method.t_val, 4))  # it has few steps
     return arguments
 
 

@@ -1,13 +1,11 @@
 """The pictures of the tables."""
 
-import math
 import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import META_POINTS
 from records import Record, places_of, unit_of
 
 from training.pictures import save, subplots
@@ -15,7 +13,6 @@ from training.pictures import save, subplots
 # Okabe and Ito's colours, which the colour-blind can tell apart, and wine instead of their yellow.
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#882255"]
 GREY = "#BBBBBB"
-POINTS = {"lookahead": COLOURS[0], "average": COLOURS[1]}  # the colours of the two meta points in t_val.png
 
 
 def coloured(records: list[Record], highlight: Sequence[str], most: int = len(COLOURS)) -> list[str]:
@@ -87,45 +84,6 @@ def _draw_curve(panel: Any, record: Record, column: str, style: dict[str, Any], 
     panel.plot(epochs, means, label=None if is_grey else record["label"], **style)
     if has_band and not is_grey and len(runs) > 1:
         panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
-
-
-def draw_t_val(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> None:
-    """The last test metric of the averaged weights against T_val, for both meta points, beside the other methods'."""
-    records = [record for record in records if "average_mean" in record]
-    groups = list(dict.fromkeys(record["group"] for record in records))
-    width = max(1, min(3, len(groups)))
-    figure, panels = subplots(max(1, math.ceil(len(groups) / width)), width, width=4.8, height=3.6)
-    for panel in panels.flat[len(groups):]:
-        panel.remove()
-    points = {method.name: method for method in META_POINTS}
-    levels = [record for record in records if record["method"] not in points]
-    chosen = coloured(levels, highlight, len(COLOURS) - len(POINTS))
-    for panel, group in zip(panels.flat, groups, strict=False):
-        members = [record for record in records if record["group"] == group]
-        for record in levels:
-            if record["group"] == group:
-                is_grey = record["label"] not in chosen
-                style = style_of(record["label"], [*POINTS, *chosen], record["is_ours"])
-                if not is_grey:
-                    style["linestyle"] = ":"
-                panel.axhline(record["average_mean"], label=None if is_grey else record["label"], **style)
-        for point, colour in POINTS.items():
-            curve = [
-                (points[record["method"]].t_val, record["average_mean"], record["average_std"] or 0.0)
-                for record in members if record["method"] in points and points[record["method"]].meta_point == point
-            ]
-            if curve:
-                label = f"MLR-SNet (learning, {point})"
-                panel.errorbar(*zip(*curve, strict=True), color=colour, marker="o", capsize=3, label=label, zorder=3)
-        panel.set(xscale="log", xlabel="T_val (steps)", ylabel=f"{unit_of(members)}, averaged weights")
-        panel.set_title(textwrap.fill(members[0]["title"], 40), fontsize="medium")
-        if members[0]["metric"] == "test_ppl":
-            _logarithmic(panel)
-        t_vals = sorted({method.t_val for method in META_POINTS if method.t_val})
-        panel.set_xticks(t_vals, [str(t_val) for t_val in t_vals])
-    others = list(dict.fromkeys(record["label"] for record in levels if record["label"] not in chosen))
-    _legend(panels[0, -1], others)
-    save(figure, path)
 
 
 def _legend(panel: Any, others: list[str]) -> None:

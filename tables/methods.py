@@ -23,16 +23,6 @@ class Method:
         return self.schedule == "mlr-snet"
 
     @property
-    def meta_point(self) -> str | None:
-        """Where the meta gradient is taken, if the method sets it."""
-        return self.flags.get("meta-point")
-
-    @property
-    def t_val(self) -> int | None:
-        """The steps between two updates of MLR-SNet, if the method sets them."""
-        return int(self.flags["t-val"]) if "t-val" in self.flags else None
-
-    @property
     def knows_length(self) -> bool:
         """Whether it adapts to the length of the run. If not, a long run begins like a short one."""
         if "measured" in self.flags.values():
@@ -40,7 +30,7 @@ class Method:
         if not self.is_ours:
             return SCHEDULES[self.schedule].knows_length
         if self.script == "meta-train":
-            return self.t_val is None  # as many updates in a run of any length
+            return True  # as many updates in a run of any length
         return self.flags.get("nets") != "recommended"  # one net; the three share the run
 
     @property
@@ -76,25 +66,24 @@ GRIDS: dict[tuple[str, str], list[str]] = {
     ("text", "adam"): ["0.0005", "0.0014", "0.004", "0.012", "0.035"],
 }
 GRID = {f"cosine {peak}": float(peak) for peaks in GRIDS.values() for peak in peaks}
-DECAYING = ["cosine", "warmup-cosine", "linear", "wsd"]  # raced at three peaks: usual, measured and constant
+DECAYING = ["cosine", "linear", "wsd"]  # raced at three peaks: usual, measured and constant
 MEASURED = [f"{name} (measured)" for name in DECAYING]
 CONSTANT = [f"{name} (constant)" for name in DECAYING]  # cells.py sets the rate
-FINDER = "cosine (Lightning finder)"
 PLAIN = [  # rivals with their usual settings
     "fixed", "multistep", "exponential", *DECAYING, "sgdr", "onecycle", "plateau", "greedy", "hd", "rtho", "l4mom",
-    "l4adam", "schedule-free", "dadaptation",
+    "l4adam", "schedule-free", "warmup-cosine", "dadaptation",
 ]
 FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (learning)": "meta-train",
-    **{f"MLR-SNet (learning, {point}, T_val {t_val})": f"meta-train meta-point={point} t-val={t_val}"
-       for point in ("lookahead", "average") for t_val in (3, 10, 30, 100)},
-    # Twice the γ that the loss gives: for ten classes, and for about a hundred characters.
-    "MLR-SNet (learning, average, T_val 10, gamma 1.34)": "meta-train meta-point=average t-val=10 gamma=1.34",
-    "MLR-SNet (learning, average, T_val 10, gamma 17)": "meta-train meta-point=average t-val=10 gamma=17",
+    "MLR-SNet (learning, cool-down)": "meta-train cooldown=0.2",
+    "MLR-SNet (learning, average)": "meta-train meta-point=average",
+    "MLR-SNet (learning, average, cool-down)": "meta-train meta-point=average cooldown=0.2",
     "MLR-SNet (transferred)": "meta-test schedule=mlr-snet",
     "MLR-SNet (transferred, without momentum)": "meta-test schedule=mlr-snet momentum=0",  # as the authors' script
     # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
     "MLR-SNet (transferred, gamma 0.067)": "meta-test schedule=mlr-snet gamma=0.067",
+    "MLR-SNet (recommended)": "meta-test schedule=mlr-snet nets=recommended gamma=measured cooldown=0.2",
+    "no net (measured)": "meta-test schedule=cooldown lr=measured",
     "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=recommended",
     "MLR-SNet (transferred, measured)": "meta-test schedule=mlr-snet gamma=measured",
     "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=recommended gamma=measured",
@@ -102,16 +91,14 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
     **{f"{name} (constant)": f"meta-test schedule={name}" for name in DECAYING},
     **{name: f"meta-test schedule=cosine lr={peak:g}" for name, peak in GRID.items()},
-    "fixed 0.4": "meta-test schedule=fixed lr=0.4",
-    "fixed 5": "meta-test schedule=fixed lr=5",
     "cosine 0.5": "meta-test schedule=cosine lr=0.5",
-    FINDER: "meta-test schedule=cosine lr=lightning",
     "adam": "meta-test schedule=fixed optimizer=adam",
     "sgd+val": "meta-test schedule=val",
     "adam+val": "meta-test schedule=val optimizer=adam",
     "hd-adam": "meta-test schedule=hd optimizer=adam",
     "schedule-free-adamw": "meta-test schedule=schedule-free optimizer=adamw",
+    "schedule-free-radam": "meta-test schedule=schedule-free-radam optimizer=adamw",
     "prodigy": "meta-test schedule=prodigy optimizer=adam",
+    "prodigy-cosine": "meta-test schedule=prodigy-cosine optimizer=adamw",
 }
 METHODS = {name: Method(name, *_parsed(text)) for name, text in FLAGS.items()}
-META_POINTS = [method for method in METHODS.values() if method.flags.keys() == {"meta-point", "t-val"}]

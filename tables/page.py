@@ -12,16 +12,14 @@ from typing import Any
 from urllib.parse import quote
 
 from drawing import COLOURS, coloured
-from records import Record
+from records import UNITS, Record
 
 from utils import write_atomically
 
 CURVES = {  # column of metrics.csv -> its panel; a group has those that its runs have
     "train_loss": "training loss (nats)",
-    "test_acc": "test accuracy (%)",
-    "test_acc_average": "test accuracy (%), averaged weights",
-    "test_ppl": "test perplexity",
-    "test_ppl_average": "test perplexity, averaged weights",
+    **{f"{name}{end}": f"test {unit}{label}" for name, unit in UNITS.items()
+       for end, label in (("", ""), ("_average", ", averaged weights"))},
     "lr": "learning rate (mean of the epoch)",
 }
 LOGARITHMIC = ["lr", "test_ppl", "test_ppl_average"]

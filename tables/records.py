@@ -13,6 +13,8 @@ from utils import COSTS
 
 Record = dict[str, Any]  # of a method on a line, over its seeds; lacks the results where no seed finished
 
+UNITS = {"test_acc": "accuracy (%)", "test_r2": "explained (%)", "test_ppl": "perplexity"}  # of the metrics
+LOW_IS_GOOD = ("test_ppl",)
 COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
            "average_mean", "average_std", "train_acc_mean", "train_acc_std", "train_clean_acc_mean",
            "train_clean_acc_std", "target", "reached", "steps_to_target", "seconds_to_target", "seconds", *COSTS,
@@ -48,7 +50,7 @@ def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
     record: Record = {
         "group": group, "detail": detail, "title": joined(words, detail), "method": method, "label": method,
         "seeds": len(runs), "finished": len(done), "problem": first.problem, "problem_title": words,
-        "epochs": epochs, "is_whole": epochs == first.arguments["num-epoch"], "is_ours": first.is_ours,
+        "epochs": epochs, "is_ours": first.is_ours,
         "names": {run.seed: run.name for run in runs},
     }
     return record | _results(done, epochs) if done else record
@@ -57,8 +59,8 @@ def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
 def _results(done: list[Run], epochs: int) -> Record:
     """Metric and costs over the seeds that finished."""
     runs = [run.rows[:epochs] for run in done]
-    metric = "test_acc" if "test_acc" in runs[0][0] else "test_ppl"
-    best = max if metric == "test_acc" else min
+    metric = next(name for name in UNITS if name in runs[0][0])
+    best = min if metric in LOW_IS_GOOD else max
     values_of = {
         "last": [rows[-1][metric] for rows in runs],
         "best": [best(row[metric] for row in rows) for rows in runs],
@@ -75,6 +77,7 @@ def _results(done: list[Run], epochs: int) -> Record:
     results["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
     if all(run.cost for run in done):
         results["steps_per_epoch"] = done[0].cost["steps_per_epoch"]
+        results["passes_per_step"] = done[0].arguments.get("accumulate", 1)
         for name in COSTS:  # the passes of the epochs that count
             shares = [epochs / len(run.rows) if name.endswith("_passes") else 1.0 for run in done]
             results[name] = statistics.mean(run.cost[name] * share for run, share in zip(done, shares, strict=True))
@@ -94,8 +97,8 @@ def _reach(record: Record, target: float) -> Record:
     """Steps and seconds until the target is met, the mean over the runs that met it."""
     epochs, seconds = [], []
     for rows in record["runs"]:
-        is_met = [row[record["metric"]] >= target if record["metric"] == "test_acc" else row[record["metric"]] <= target
-                  for row in rows]
+        values = [row[record["metric"]] for row in rows]
+        is_met = [value <= target if record["metric"] in LOW_IS_GOOD else value >= target for value in values]
         if any(is_met):
             epochs.append(is_met.index(True) + 1)
             seconds.append(sum(row["seconds"] for row in rows[: epochs[-1]]))
@@ -106,18 +109,12 @@ def _reach(record: Record, target: float) -> Record:
     return reach
 
 
-def by_problem(records: list[Record]) -> list[Record]:
-    """The whole runs, grouped by problem instead of by line: all lengths of a run in one picture."""
-    whole = [record for record in records if record["is_whole"]]
-    lengths = Counter((record["problem"], record["method"]) for record in whole)
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    regrouped = []
-    for record in sorted(whole, key=lambda record: methods.index(record["method"])):
-        label = record["method"]
-        if lengths[record["problem"], record["method"]] > 1:
-            label += f" of {record['epochs']}"
-        regrouped.append(record | {"group": record["problem"], "title": record["problem_title"], "label": label})
-    return regrouped
+def spread(record: Record, name: str) -> str:
+    """Mean ± standard deviation."""
+    if f"{name}_mean" not in record:
+        return "–"
+    mean, deviation = record[f"{name}_mean"], record[f"{name}_std"]
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def places_of(records: list[Record]) -> Counter[str]:
@@ -135,7 +132,7 @@ def _badness(record: Record) -> float:
     if "runs" not in record:
         return math.inf
     value = record["average_mean"] if "average_mean" in record else record["last_mean"]
-    return -value if record["metric"] == "test_acc" else value
+    return value if record["metric"] in LOW_IS_GOOD else -value
 
 
 def leading(ranked: Sequence[str], first: Sequence[str], most: int) -> list[str]:
@@ -146,6 +143,4 @@ def leading(ranked: Sequence[str], first: Sequence[str], most: int) -> list[str]
 
 def unit_of(records: list[Record]) -> str:
     metrics = {record["metric"] for record in records if "metric" in record}
-    if len(metrics) > 1:
-        return "test accuracy (%) or perplexity"
-    return "test perplexity" if metrics == {"test_ppl"} else "test accuracy (%)"
+    return "test " + " or ".join(unit for name, unit in UNITS.items() if name in metrics)

@@ -3,25 +3,29 @@
     images  regret = accuracy of the best cosine − accuracy, in points
     text    regret = 100 · (perplexity / perplexity of the best cosine − 1), in %
 
-Both are means over the seeds at the last epoch. The best cosine is picked by its live weights on the test data, as a
-user with the time for a grid would pick it, so a method that beats the grid has a negative regret. A method of which a
-seed diverged has an infinite regret on that problem.
+At the last epoch, seed against the same seed of the cosine. The best cosine is picked by its live weights on the test
+data, as a user with the time for a grid would pick it, so a method that beats the grid has a negative regret. A method
+of which a seed diverged has an infinite regret on that problem.
 """
 
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import COLOURS, style_of
 from methods import GRID
-from records import Record, leading
+from records import LOW_IS_GOOD, Record, leading, spread
 from runs import Run
 from writing import MOST_ROWS, markdown, write_csv
 
 from training.pictures import save, subplots
 
 CLOSE = 1.0  # point or %
+RESAMPLES = 2000  # of problems and seeds, for the intervals
+FEW = 6  # problems that a page shows one by one
+UNITS = {"points": "images", "%": "text"}
 REGRET_COLUMNS = ["group", "method", "weights", "unit", "result", "regret", "relative_steps"]
 PEAK_COLUMNS = ["group", "best_peak", "is_end_of_grid", "result", "measured", "measured_over_best"]
 WEIGHTS = {"live": "last_mean", "averaged": "average_mean"}  # where a record has their result
@@ -42,10 +46,11 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
         f"and within 3 on {shares[1]} ([peaks.csv](peaks.csv))."
     )
     return [
-        f"Regret over {len(peaks)} problems, each method with its better weights:", "",
-        *markdown(_rows(summaries, highlight)),
-        "Points of accuracy behind the best of a grid of cosines, and per cent of perplexity; the best is picked on "
-        "test data. Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training. "
+        f"Regret over {len(peaks)} problems, of the live weights:", "", *markdown(_rows(summaries, highlight)),
+        *_each_problem(regrets, records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
+        "Regret is in points behind the best of a grid of cosines, or per cent of its perplexity; the best is picked "
+        "on test data. Brackets hold 95 % of the means over resampled problems and seeds. Steps are forward passes "
+        "for each step of the run, so that 1.10 means a tenth more than training. "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
         "every result.", "",
         *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",
@@ -60,7 +65,7 @@ def zero_marks(records: list[Record]) -> dict[str, Record]:
     grid = [record for record in records if record["method"] in GRID and _has_finished(record)]
     for record in sorted(grid, key=lambda record: GRID[record["method"]]):
         group = record["group"]
-        if group not in best or _difference(record["last_mean"], best[group]) < 0:
+        if group not in best or _difference(record["last_mean"], best[group]["last_mean"], record["metric"]) < 0:
             best[group] = record
     return best
 
@@ -69,10 +74,9 @@ def _has_finished(record: Record) -> bool:
     return record["finished"] == record["seeds"]
 
 
-def _difference(result: float, reference: Record) -> float:
-    """The regret of a result against the live weights of a record."""
-    zero = reference["last_mean"]
-    return zero - result if reference["metric"] == "test_acc" else 100 * (result / zero - 1)
+def _difference(result: float, zero: float, metric: str) -> float:
+    """The regret of a result against that of a cosine."""
+    return 100 * (result / zero - 1) if metric in LOW_IS_GOOD else zero - result
 
 
 def regrets_of(records: list[Record]) -> list[Record]:
@@ -84,18 +88,46 @@ def regrets_of(records: list[Record]) -> list[Record]:
             continue
         mark = marks[record["group"]]
         regret = {"group": record["group"], "method": record["method"], "is_ours": record["is_ours"]}
-        regret["unit"] = "points" if mark["metric"] == "test_acc" else "%"
+        regret["unit"] = "%" if mark["metric"] in LOW_IS_GOOD else "points"
         for weights, column in WEIGHTS.items():
             if column not in mark:
                 continue
             if _has_finished(record):
-                result = record[column]
-                steps = record["forward_passes"] / (record["epochs"] * record["steps_per_epoch"])
-                found = {"result": result, "regret": _difference(result, mark), "relative_steps": steps}
+                by_seed = _by_seed(record, mark, weights)
+                passes = record["epochs"] * record["steps_per_epoch"] * record["passes_per_step"]
+                steps = record["forward_passes"] / passes
+                found = {"result": record[column], "regret": statistics.mean(by_seed), "by_seed": by_seed,
+                         "relative_steps": steps}
             else:
-                found = {"result": None, "regret": math.inf, "relative_steps": None}
+                found = {"result": None, "regret": math.inf, "by_seed": [math.inf], "relative_steps": None}
             regrets.append(regret | {"weights": weights} | found)
     return regrets
+
+
+def _by_seed(record: Record, mark: Record, weights: str) -> list[float]:
+    """The regret of every seed; against the mean of the cosine for a seed that the cosine has not."""
+    metric = record["metric"]
+    name = metric if weights == "live" else f"{metric}_average"
+    mean: float = mark["last_mean"]
+    zeros = {seed: rows[-1][metric] for seed, rows in zip(mark["names"], mark["runs"], strict=True)}
+    by_seed = []
+    for seed, rows in zip(record["names"], record["runs"], strict=True):
+        by_seed.append(_difference(rows[-1][name], zeros.get(seed, mean), metric))
+    return by_seed
+
+
+def interval(problems: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The 2.5 and the 97.5 percentile of the mean regret over resampled problems and seeds.
+
+    Each of the problems holds the regrets of its seeds.
+    """
+    generator = random.Random(0)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = generator.choices(problems, k=len(problems))
+        means.append(statistics.fmean(statistics.fmean(generator.choices(seeds, k=len(seeds))) for seeds in drawn))
+    means.sort()
+    return means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES) - 1]
 
 
 def summaries_of(regrets: list[Record]) -> list[Record]:
@@ -115,34 +147,61 @@ def summaries_of(regrets: list[Record]) -> list[Record]:
             "diverged": len(values) - len(finite), "finite_mean": statistics.mean(finite) if finite else math.inf,
             "relative_steps": statistics.mean(steps) if steps else None,
         }
-        for unit in ("points", "%"):
-            of_unit = [regret["regret"] for regret in group if regret["unit"] == unit]
+        for unit in UNITS:
+            of_unit = [regret for regret in group if regret["unit"] == unit]
             if of_unit:
-                summary |= {f"mean {unit}": statistics.mean(of_unit), f"worst {unit}": max(of_unit)}
+                values = [regret["regret"] for regret in of_unit]
+                summary |= {f"mean {unit}": statistics.mean(values), f"worst {unit}": max(values),
+                            f"interval {unit}": interval([regret["by_seed"] for regret in of_unit])}
         summaries.append(summary)
     return sorted(summaries, key=lambda summary: (summary["diverged"], summary["finite_mean"]))
 
 
 def shown(summaries: list[Record], highlight: Sequence[str], most: int) -> list[Record]:
-    """Each method with its better weights, at most so many, the best first: those in `highlight`, else MLR-SNet's, and
+    """Each method with its live weights, at most so many, the best first: those in `highlight`, else MLR-SNet's, and
     the best others.
     """
-    better: dict[str, Record] = {}
-    for summary in summaries:  # the best first
-        better.setdefault(summary["method"], summary)
-    first = highlight or [method for method, summary in better.items() if summary["is_ours"]]
-    return [better[method] for method in leading(list(better), first, most)]
+    live = {summary["method"]: summary for summary in summaries if summary["weights"] == "live"}
+    first = highlight or [method for method, summary in live.items() if summary["is_ours"]]
+    return [live[method] for method in leading(list(live), first, most)]
 
 
 def _rows(summaries: list[Record], highlight: Sequence[str]) -> list[list[str]]:
-    rows = [["method", "weights", "images: mean (points)", "worst", "text: mean (%)", "worst", "all: median",
-             "within 1", "diverged", "steps"]]
+    averaged = {summary["method"]: summary for summary in summaries if summary["weights"] == "averaged"}
+    units = [unit for unit in UNITS if any(f"mean {unit}" in summary for summary in summaries)]
+    header = ["method"]
+    for unit in units:
+        header += [f"{UNITS[unit]}: mean ({unit})", "worst", "averaged weights"]
+    rows = [[*header, "within 1", "diverged", "steps"]]
     for summary in shown(summaries, highlight, MOST_ROWS):
-        row = [summary["method"], summary["weights"]]
-        row += [_number(summary.get(name)) for name in ("mean points", "worst points", "mean %", "worst %", "median")]
+        row = [summary["method"]]
+        for unit in units:
+            if f"mean {unit}" not in summary:
+                row += ["–"] * 3
+                continue
+            low, high = map(_number, summary[f"interval {unit}"])
+            row += [f"{_number(summary[f'mean {unit}'])} [{low}, {high}]", _number(summary[f"worst {unit}"]),
+                    _number(averaged.get(summary["method"], {}).get(f"mean {unit}"))]
         row += [f"{100 * summary['close']:.0f} %", str(summary["diverged"]), _number(summary["relative_steps"])]
         rows.append(row)
     return rows
+
+
+def _each_problem(regrets: list[Record], records: list[Record], methods: Sequence[str]) -> list[str]:
+    """The results of these methods and of the best cosine on every problem, where there are few problems."""
+    marks = zero_marks(records)
+    if len(marks) > FEW:
+        return []
+    rows = [["live / averaged weights", *marks]]
+    rows.append(["best cosine", *(f"{spread(mark, 'last')} ({GRID[mark['method']]:g})" for mark in marks.values())])
+    for method in methods:
+        row = [method]
+        for group in marks:
+            found = [record for record in records if (record["group"], record["method"]) == (group, method)]
+            row.append(" / ".join(spread(found[0], name) for name in ("last", "average")) if found else "–")
+        rows.append(row)
+    return ["Result after the last epoch, accuracy in % or perplexity, and the peak of the best cosine:", "",
+            *markdown(rows)]
 
 
 def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
@@ -180,7 +239,7 @@ def draw_profile(path: Path, summaries: list[Record], highlight: Sequence[str] =
     """A performance profile: the share of the problems on which a method's regret is at most x."""
     figure, ((panel,),) = subplots(1, 1, width=9, height=5.2)
     lines = shown(summaries, highlight, len(COLOURS))
-    labels = [f"{summary['method']}, {summary['weights']} weights" for summary in lines]
+    labels = [summary["method"] for summary in lines]
     finite = [value for summary in lines for value in summary["values"] if math.isfinite(value)]
     low, high = min([-1.0, *finite]), 10.0
     for label, summary in zip(labels, lines, strict=True):

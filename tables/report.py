@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import draw, draw_t_val
-from records import COLUMNS, Record, by_problem, leading, places_of, summarise, unit_of
+from drawing import draw
+from records import COLUMNS, Record, leading, places_of, spread, summarise, unit_of
 from regret import regret_of
 from runs import read
 from specs import TABLES, Table
@@ -31,13 +31,8 @@ def render(folder: Path) -> None:
     if table.has_regret:
         body = regret_of(folder, runs, records, highlight)
     else:
-        curves = [record for record in records if record["method"] not in table.only_in_t_val]
-        body = _tables(curves, read_toml("published.toml").get(header["table"], {}), highlight)
-        if table.only_in_t_val:
-            draw_t_val(folder / "t_val.png", records, highlight)
-            body += ["![Result of the averaged weights against T_val, for both meta points](t_val.png)", ""]
-            curves = by_problem(curves)
-        draw(folder / "table.png", curves, highlight)
+        body = _tables(records, read_toml("published.toml").get(header["table"], {}), highlight)
+        draw(folder / "table.png", records, highlight)
         body += ["![Training loss, test result and learning rate against epochs](table.png)", ""]
     body += [f"Seeds: {', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}.", ""]
     write_page(folder, table.title, table.question, header["command"], body, [vars(run) for run in runs])
@@ -111,14 +106,6 @@ def _one_line(members: list[Record], published: dict[str, str]) -> list[list[str
             row.append(_steps(record))
         rows.append(row + [f"{record[name]:.2f}" if record.get(name) is not None else "–" for name in costs])
     return rows
-
-
-def spread(record: Record, name: str) -> str:
-    """Mean ± standard deviation."""
-    if f"{name}_mean" not in record:
-        return "–"
-    mean, deviation = record[f"{name}_mean"], record[f"{name}_std"]
-    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def _steps(record: Record) -> str:

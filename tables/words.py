@@ -11,7 +11,7 @@ NETWORKS = {
     "resnet152": "ResNet-152", "resnet50-imagenet": "ResNet-50", "resnet8": "ResNet-8", "resnet20": "ResNet-20",
     "shufflenetv2": "ShuffleNetV2", "wideresnet": "WRN-28-10", "mobilenetv2": "MobileNetV2", "nasnet": "NASNet",
     "densenet121": "DenseNet-121", "vit": "a vision transformer", "lstm2": "2-layer LSTM", "lstm3": "3-layer LSTM",
-    "gpt": "a causal transformer",
+    "gpt": "a causal transformer", "convnet": "a plain convolutional network", "denoiser": "a denoiser",
 }
 DATASETS = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cifar10-c": "CIFAR-10-C", "cifar100-c": "CIFAR-100-C",
@@ -23,6 +23,9 @@ DETAILS: dict[str, Callable[[str], str]] = {  # how the value of a flag tells li
     "num-epoch": lambda value: f"{value} epochs",
     "limit-train": lambda value: f"{int(value):,} images",
     "image-size": lambda value: f"{value} pixels",
+    "predict": lambda value: f"predicting the {value}",
+    "batch-size": lambda value: f"batch {value}",
+    "accumulate": lambda value: f"{value} micro-batches",
     "tokens": lambda value: {"word": "words", "char": "characters"}[value],
     "corruption": lambda value: CORRUPTIONS.get(value, value),
     "label-noise": lambda value: f"{float(value):.0%} wrong labels",

@@ -221,6 +221,9 @@ class ToyTask:
     def meta_batches(self, start):
         return map(self.Batch, itertools.count(1000 + start))
 
+    def micro_batches(self, batch):
+        return [batch]
+
     def loss(self, network, batch, hidden):
         logits = network(batch.inputs)
         accuracy = 100 * (logits.argmax(1) == batch.targets).double().mean()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from drawing import coloured
 from methods import METHODS
-from records import by_problem, leading, summarise
-from regret import peaks_of, regret_of, regrets_of, shown, summaries_of, zero_marks
+from records import leading, summarise
+from regret import interval, peaks_of, regret_of, regrets_of, shown, summaries_of, zero_marks
 from report import render
 from runs import Run, read, write
 from specs import TABLES
@@ -106,16 +106,24 @@ def test_the_page_of_regrets_and_the_best_peaks_beside_the_measured_rates(two_pr
     assert (images["best_peak"], images["is_end_of_grid"], images["measured"]) == (0.1, False, pytest.approx(0.2))
     assert (text["best_peak"], text["is_end_of_grid"], text["measured_over_best"]) == (0.035, True, pytest.approx(0.2))
     page = "\n".join(regret_of(tmp_path, two_problems, records, []))
-    assert "| fixed | averaged | 2.00 | 2.00 | ∞ | ∞ | ∞ | 0 % | 1 | 1.00 |" in page
+    assert "| fixed | 8.00 [8.00, 8.00] | 8.00 | 2.00 | ∞ [∞, ∞] | ∞ | ∞ | 0 % | 1 | 1.00 |" in page
     assert "within a factor of 2 of the grid's best peak on 1 of 2 problems" in page
     assert (tmp_path / "regret.png").stat().st_size > 5_000
 
 
-def test_regrets_are_shown_once_for_every_method_and_mlr_snet_always():
-    names = ["a", "b", "a", *"cdefgh", "ours"]
-    summaries = [{"method": name, "weights": f"{place}", "is_ours": name == "ours"} for place, name in enumerate(names)]
+def test_an_interval_comes_from_problems_and_from_seeds():
+    assert interval([[3.0, 3.0], [3.0]]) == (3.0, 3.0)
+    low, high = interval([[0.0], [6.0]])  # both problems are the first one in a quarter of the resamples
+    assert (low, high) == (0.0, 6.0)
+    low, high = interval([[0.0, 6.0] * 50])
+    assert 1.5 < low < 2.5 and 3.5 < high < 4.5  # 3 ± 2 · 3/√100
+
+
+def test_the_live_regret_of_every_method_is_shown_and_mlr_snet_always():
+    summaries = [{"method": name, "weights": weights, "is_ours": name == "ours"}
+                 for name in [*"abcdefgh", "ours"] for weights in ("averaged", "live")]
     chosen = shown(summaries, [], 4)
-    assert [summary["method"] for summary in chosen] == ["a", "b", "c", "ours"] and chosen[0]["weights"] == "0"
+    assert [summary["method"] for summary in chosen] == ["a", "b", "c", "ours"] and chosen[0]["weights"] == "live"
     assert [summary["method"] for summary in shown(summaries, ["h"], 2)] == ["a", "h"]
 
 
@@ -169,7 +177,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("result", [
-    folder if folder.name in ("first-desk", "untuned-desk", "benchmark-resnet8-cpu", "convergence")
+    folder if folder.name in ("first-desk", "benchmark-resnet8-cpu", "convergence")
     else pytest.param(folder, marks=pytest.mark.slow) for folder in RESULTS
 ], ids=lambda folder: folder.name)
 def test_a_committed_page_follows_from_its_runs_and_metrics(tmp_path, result):
@@ -197,16 +205,6 @@ def test_a_table_says_what_its_data_and_network_are():
     assert record["title"] == "ResNet-8 on CIFAR-10 images (class folder)" and record["group"] == "resnet8 folder"
     (record,) = summarise([run_of("fixed", 0, accuracies(1, 2), detail="2 epochs")], None)
     assert record["title"] == "ResNet-8 on scikit-learn's digits, 2 epochs"
-
-
-def test_a_picture_by_problem_has_every_whole_run_once():
-    shared = run_of("fixed", 0, accuracies(1, 2, 3), **{"num-epoch": 3})
-    shared.lines = {"2 epochs": 2, "3 epochs": 3}
-    own = [run_of("onecycle", 0, accuracies(*range(length)), detail=f"{length} epochs", **{"num-epoch": length})
-           for length in (2, 3)]
-    drawn = by_problem(summarise([*own, shared], None))
-    assert [record["label"] for record in drawn] == ["onecycle of 2", "onecycle of 3", "fixed"]
-    assert {record["group"] for record in drawn} == {"resnet8 digits"}
 
 
 def test_a_picture_colours_mlr_snet_and_the_best_others():

@@ -130,9 +130,9 @@ def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_o
 
 
 def test_a_long_run_serves_the_shorter_lines():
-    cells = cells_of(TABLES["horizon"], "smoke", 1, ["schedule-free", "onecycle"], {})
+    cells = cells_of(TABLES["epochs"], "smoke", 1, ["fixed", "onecycle"], {})
     served = {(cell.method.name, cell.num_epochs): cell.lines for cell in cells}
-    assert served == {("schedule-free", 3): {"2 epochs": 2, "3 epochs": 3}, ("onecycle", 2): {"2 epochs": 2},
+    assert served == {("fixed", 3): {"2 epochs": 2, "3 epochs": 3}, ("onecycle", 2): {"2 epochs": 2},
                       ("onecycle", 3): {"3 epochs": 3}}
 
 
@@ -176,7 +176,7 @@ def test_a_constant_rate_is_that_of_the_optimizer(line, lr):
     ("adam", "network=resnet8 dataset=digits momentum=0.9", {"optimizer": "adam"}),
     ("l4mom", "network=resnet8 dataset=digits momentum=0.9 optimizer=adamw", {}),
     ("MLR-SNet (learning)", "network=resnet8 dataset=digits momentum=0.9", {"momentum": "0.9", "t-val": "auto"}),
-    ("MLR-SNet (learning, average, T_val 10)", "network=lstm2 dataset=pydoc", {"t-val": "10"}),
+    ("MLR-SNet (learning, average)", "network=lstm2 dataset=pydoc t-val=10", {"t-val": "10"}),
 ])
 def test_a_method_has_its_usual_rate_its_own_flags_and_no_momentum_that_is_not_for_it(method, line, expected):
     table = Table("title", "question", [method], {"desk": lines(f"{line} num-epoch=2")})
@@ -214,7 +214,7 @@ def test_committed_runs_are_those_of_their_command(tables, result):
 
 def test_every_spec_names_methods_and_problems_that_exist():
     for name, table in TABLES.items():
-        assert {*table.methods, *table.text_methods, *table.only_in_t_val} <= set(METHODS)
+        assert {*table.methods, *table.text_methods} <= set(METHODS)
         for preset in table.preset_names:
             lines = table.lines(preset)
             assert len({(problem_of(line), detail_of(line, table.named_by)) for line in lines}) == len(lines)
@@ -223,7 +223,7 @@ def test_every_spec_names_methods_and_problems_that_exist():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--table", "horizon", "--set", "num-epoch=2"], "--set num-epoch: the lines of horizon differ in it"),
+    (["--table", "epochs", "--set", "num-epoch=2"], "--set num-epoch: the lines of epochs differ in it"),
     (["--table", "networks", "--set", "network=resnet8"], "--set network: the lines of networks differ in it"),
     (["--table", "untuned", "--preset", "paper"], "--preset paper: untuned has only desk and smoke"),
     (["--table", "own", "--set", "x"], "--set x: give NAME=VALUE"),

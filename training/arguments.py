@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data import DATASETS, IMAGES, PUBLISHED_CORRUPTED, TEXTS
+from data import DATASETS, IMAGES, PREDICTIONS, PUBLISHED_CORRUPTED, TEXTS
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
@@ -16,7 +16,7 @@ from utils import ROOT, plain
 # The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
                   "skip_bad_images": False, "corruption": None, "severity": None, "label_noise": None,
-                  "noise_kind": None}
+                  "noise_kind": None, "predict": "class", "accumulate": 1}
 IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5, "clip": 0.25}
@@ -61,7 +61,9 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--label-noise", type=number(float, 0, 1), metavar="RATE",
         help="give this share of the training images a wrong label (default: 0)")
     add("--noise-kind", choices=NOISE_KINDS, metavar="KIND",
-        help="uniform: any other class; flip: one other for each class; flip2: one of two (default: uniform)")
+        help="wrong labels: uniform (any), flip (one for each class) or flip2 (one of two) (default: uniform)")
+    add("--predict", choices=PREDICTIONS, metavar="WHAT",
+        help="class, angle (by which an image was turned) or noise (that was added to it) (default: class)")
     add("--tokens", choices=["word", "char"], metavar="UNIT", help="unit of the text: word or char (default: word)")
     add("--seq-len", "--seq_len", type=positive, metavar="N", help="tokens per sequence (default: 35)")
 
@@ -81,7 +83,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--wd", type=number(float, 0), metavar="WD", help="weight decay (default: images 5e-4, text 5e-6)")
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
     add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"), metavar="RATE",
-        help="decay of the average per step; auto averages over about a twentieth of the run (default: auto)")
+        help="decay of the average per step; auto averages over a twentieth of the run (default: auto)")
     for flag in AUTHORS:
         add(flag, action=Refused, dest=f"authors {flag}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -89,9 +91,9 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
 def add_scale(add: Callable[..., Any]) -> None:
     """--gamma, --warmup and --cooldown, for the group of flags whose add_argument is given."""
     add("--warmup", type=number(float, 0, 1), default=0.0, metavar="SHARE",
-        help="share of the run over which MLR-SNet's rate rises linearly at the start (default: 0)")
+        help="share of the run in which MLR-SNet's rate rises linearly at the start (default: 0)")
     add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="SHARE",
-        help="share of the run over which it falls linearly to 0 at the end (default: 0, the paper; 0.2 is good)")
+        help="share of the run in which it falls linearly to 0 at the end (default: 0, the paper)")
     add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
         metavar="GAMMA",
         help="LR scale, the largest rate MLR-SNet can give: a number, paper (the paper's formula) or measured (twice "
@@ -106,6 +108,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="epochs (default: images 200, imagenet 90, text 150)")
     add("--batch-size", "--batch_size", type=positive, metavar="N",
         help="per step, over all ranks (default: images 128, text 32)")
+    add("--accumulate", type=number(int, 1, 2**31 - 1), metavar="N",
+        help="take each batch of images in N micro-batches, which needs less memory (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="seed of weights, data order and meta set (default: 0)")
     add("--out", type=folder, metavar="DIR",
@@ -229,6 +233,8 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     if not keeps_average(args) and args.average_decay not in (None, "auto"):
         raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")
     args.average_decay = args.average_decay or "auto"
+    if not is_text and (args.predict == "noise") != (args.network == "denoiser"):
+        raise ValueError("--network denoiser and --predict noise belong together; give both")
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
     if args.dataset == "imagenet":
         own = own | IMAGENET_DEFAULTS

@@ -18,7 +18,7 @@ from utils import autocast, built_within_memory, choose_algorithms, init_distrib
 
 # What build_task takes from the flags of one modality
 IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
-                 "label_noise", "noise_kind")
+                 "label_noise", "noise_kind", "predict", "accumulate")
 TEXT_OPTIONS = ("seq_len", "tokens", "clip")
 
 
@@ -62,7 +62,7 @@ def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: tor
     else:
         sizes = {"image_size": task.image_size}
     torch.manual_seed(args.seed)
-    network = built_within_memory(partial(build_network, args.network, task.num_classes, **sizes), args.network)
+    network = built_within_memory(partial(build_network, args.network, task.num_outputs, **sizes), args.network)
     network = network.to(device).to(memory_format=torch.channels_last)
     if args.init and not (args.out / "checkpoint.pth").exists():
         load_weights(network, args.init)

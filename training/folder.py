@@ -121,11 +121,11 @@ class Cost:
         if self.counting:
             self.counts[name] += 1
 
-    def add_steps(self, num_steps: int) -> None:
+    def add_steps(self, num_steps: int, passes_per_step: int) -> None:
         """Count the training steps that measured the LR scale."""
         self.counts["measuring_steps"] = num_steps
         for name in ("forward_passes", "backward_passes"):
-            self.counts[name] += num_steps
+            self.counts[name] += num_steps * passes_per_step
 
     @contextmanager
     def paused(self) -> Iterator[None]:

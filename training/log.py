@@ -11,9 +11,13 @@ from utils import first_line, rank
 
 
 class Log:
-    """Shows the steps and epochs of a run on rank 0. Events that cannot be written are given up with a line."""
+    """Shows the steps and epochs of a run on rank 0. Events that cannot be written are given up with a line.
 
-    def __init__(self, folder: Path, num_steps: int, done: int):
+    score is the name of what a step reports beside its loss, in %.
+    """
+
+    def __init__(self, folder: Path, num_steps: int, done: int, score: str):
+        self.score = score
         self.excepthook = threading.excepthook
         threading.excepthook = lambda _: None  # TensorBoard's thread raises its error again in this one
         self.writer: Any = None
@@ -26,12 +30,12 @@ class Log:
             except Exception as error:  # a missing or broken package fails in many ways
                 self._give_up_events(error)
 
-    def step(self, number: int, loss: float, accuracy: float, lr: float) -> None:
+    def step(self, number: int, loss: float, score: float, lr: float) -> None:
         if rank():
             return
         self._add_events({"step/loss": loss, "step/lr": lr}, number)
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}", acc=f"{accuracy:.1f}")
+        self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.4f}", self.score: f"{score:.1f}"})
 
     def gamma(self, number: int, gamma: float) -> None:
         """The LR scale, set at step `number`."""

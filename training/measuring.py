@@ -90,7 +90,7 @@ def chosen_gamma(
     """What --gamma stands for: a number or "paper", and the measurement where there was one."""
     gamma = args.gamma
     if gamma == "auto":
-        gamma = "paper" if has_paper_scale(optimizer) else "measured"
+        gamma = "paper" if has_paper_scale(optimizer) and task.num_classes else "measured"
     if gamma != "measured":
         return gamma, None
     measurement = measure(args, task, network, optimizer)

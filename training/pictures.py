@@ -15,6 +15,8 @@ from tqdm import tqdm
 from mlr_snet_scale import MeasuredScale
 from utils import first_line, rank, write_atomically
 
+METRICS = {"acc": "accuracy (%)", "ppl": "perplexity", "r2": "explained (%)"}  # of a task -> its label
+
 
 def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure for a file, without a display, and its panels (rows, columns), each so many inches wide and high."""
@@ -52,8 +54,9 @@ def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
     def draw() -> Any:
         epochs = [row["epoch"] for row in rows]
         figure, (panels,) = subplots(1, 3, 4, 3.4)
-        metric = ("acc", "accuracy (%)") if "test_acc" in rows[0] else ("ppl", "perplexity")
-        columns = (("loss", "loss (nats)"), metric)
+        metric = next((name, label) for name, label in METRICS.items() if f"test_{name}" in rows[0])
+        loss_unit = "mean squared error" if metric[0] == "r2" else "nats"
+        columns = (("loss", f"loss ({loss_unit})"), metric)
         for panel, (column, label) in zip(panels, columns, strict=False):
             curves = {f"train_{column}": ("-", "train"), f"train_clean_{column}": (":", "train, true labels"),
                       f"test_{column}": ("--", "test"),
@@ -85,12 +88,12 @@ def draw_scale(path: Path, measured: MeasuredScale) -> None:
         left, right = panels[0, 0], panels[0, -1]
         left.plot(range_test.rates, range_test.losses, color="0.6", linewidth=1, label="training loss")
         left.axvline(measured.scale, color="k", linestyle="--", label=f"{kind} {measured.scale:.3g}")
-        left.set(xscale="log", ylim=(0, 1.6 * start), xlabel="learning rate", ylabel="training loss (nats)",
+        left.set(xscale="log", ylim=(0, 1.6 * start), xlabel="learning rate", ylabel="training loss",
                  title="LR range test")
         for trial in cosines:
             right.plot(range(1, len(trial.losses) + 1), trial.losses, label=f"peak {trial.rates[0]:.3g}")
         if cosines:
-            right.set(ylim=(0, 1.6 * start), xlabel="step", ylabel="training loss (nats)", title="Cosine trials")
+            right.set(ylim=(0, 1.6 * start), xlabel="step", ylabel="training loss", title="Cosine trials")
         for panel in panels.flat:
             panel.legend(fontsize="small")
         return figure

@@ -175,12 +175,12 @@ class Trainer:
             write_atomically(self.args.out / "args.json", json.dumps(provenance(self.args), indent=1).encode())
             if self.measurement:
                 self.measurement.write(self.args.out)
-                self.cost.add_steps(self.measurement.result.num_steps)
+                self.cost.add_steps(self.measurement.result.num_steps, self.args.accumulate or 1)
                 self.metrics.totals["seconds"] += self.measurement.seconds  # of the first epoch
             self._save_checkpoint()
         else:
             self._compare_ranks()
-        self.log = Log(self.args.out, self.num_steps, self.step)
+        self.log = Log(self.args.out, self.num_steps, self.step, "r2" if self.task.metric == "r2" else "acc")
         try:
             stop_signal = self._train(stop)
         finally:
@@ -292,7 +292,7 @@ class Trainer:
         with evaluating(self.optimizer, self.network, self.task):
             row = self.task.train_metrics(**means) | self.task.evaluate(self.network)
             if self.average and self.args.average:
-                name = "test_ppl" if self.task.perplexity else "test_acc"
+                name = f"test_{self.task.metric}"
                 with evaluating_average(self.average, self.task):
                     row[f"{name}_average"] = self.task.evaluate(self.network)[name]
         return row

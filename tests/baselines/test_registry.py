@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from points import Points, drive, small_network
+from points import STEPS, Points, drive, small_network
 from torch import nn
 
 from baselines import SCHEDULES, build_baseline, default_lr
@@ -15,7 +15,7 @@ from data.meta_stream import MetaStream
 @pytest.mark.parametrize(("schedule", "optimizer", "lr"), [
     ("cosine", "sgd", 0.1), ("wsd", "adamw", 1e-3), ("greedy", "adam", 1e-3), ("val", "sgd", 20.0),
     ("val", "adam", 1e-3),
-    ("schedule-free", "sgd", 1.0), ("schedule-free", "adamw", 0.0025), ("schedule-free-radam", "adamw", 0.0025),
+    ("schedule-free", "sgd", 0.5), ("schedule-free", "adamw", 0.0025), ("schedule-free-radam", "adamw", 0.0025),
     ("prodigy", "adam", 1.0), ("dadaptation", "sgd", 1.0), ("dadaptation", "adamw", 1.0),
 ])
 def test_every_baseline_has_a_usual_rate(schedule, optimizer, lr):
@@ -53,6 +53,7 @@ def test_the_state_of_another_schedule_is_refused():
 
 
 PACKAGES = {"schedule-free": "schedulefree", "schedule-free-radam": "schedulefree", "prodigy": "prodigyopt",
+            "prodigy-cosine": "prodigyopt",
             "dadaptation": "dadaptation", "greedy": "transformers"}
 
 
@@ -72,9 +73,9 @@ def start(name, kind, num_epochs=2, lr=0.05, task=None, **options):
     return network, stream, *build_baseline(name, kind, network, task, num_epochs, lr, meta_loss=stream, **options)
 
 
-def rates(name, kind, **options):
+def rates(name, kind, steps=STEPS, **options):
     network, _, _, schedule = start(name, kind, **options)
-    return drive(schedule, network)[0]
+    return drive(schedule, network, steps)[0]
 
 
 def through_a_file(state):
@@ -100,7 +101,7 @@ def test_a_rival_continues_from_its_state_as_if_never_stopped(rival):
 
 
 def test_the_rates_of_a_rival_depend_on_the_length_of_the_run_where_its_class_says_so(rival):
-    short, long = rates(*rival, num_epochs=2), rates(*rival, num_epochs=4)
+    short, long = rates(*rival, num_epochs=20, steps=60), rates(*rival, num_epochs=40, steps=60)
     assert (short != long) == SCHEDULES[rival[0]].knows_length
 
 

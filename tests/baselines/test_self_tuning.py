@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from points import STEPS, Points, drive, small_network
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from baselines import build_baseline
 
@@ -15,6 +16,7 @@ from baselines import build_baseline
     ("schedule-free", "adamw", "schedulefree", lambda m, p: m.AdamWScheduleFree(p, lr=0.05)),
     ("schedule-free-radam", "adamw", "schedulefree", lambda m, p: m.RAdamScheduleFree(p, lr=0.05)),
     ("prodigy", "adamw", "prodigyopt", lambda m, p: m.Prodigy(p, lr=0.05)),
+    ("prodigy-cosine", "adamw", "prodigyopt", lambda m, p: m.Prodigy(p, lr=0.05)),
     ("dadaptation", "sgd", "dadaptation", lambda m, p: m.DAdaptSGD(p, lr=0.05)),
     ("dadaptation", "adam", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05)),
     ("dadaptation", "adamw", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05, decouple=True)),
@@ -26,13 +28,24 @@ def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, 
     drive(schedule, network)
     other = small_network()
     optimizer = make(module, other.parameters())
+    cosine = CosineAnnealingLR(optimizer, STEPS) if name == "prodigy-cosine" else None
     if hasattr(optimizer, "train"):
         optimizer.train()
     for number in range(STEPS):
         optimizer.zero_grad()
         Points().loss(other, Points.points(number), None)[0].backward()
         optimizer.step()
+        if cosine:
+            cosine.step()
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_schedule_free_warms_up_over_a_twentieth_of_the_run():
+    pytest.importorskip("schedulefree", reason="needs the package schedulefree")
+    network = small_network()
+    _, schedule = build_baseline("schedule-free", "sgd", network, Points(), 40, 0.5)  # of 120 steps
+    rates, _ = drive(schedule, network, 9)
+    assert rates[1:] == pytest.approx([0.5 * min(1, step / 6) for step in range(1, 9)])  # before a step the last rate
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
