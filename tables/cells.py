@@ -124,7 +124,7 @@ def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) ->
     optimizer = method.flags.get("optimizer", line.get("optimizer", "sgd"))
     if is_text and optimizer == "sgd" and method.has_initial_lr:
         arguments.setdefault("lr", "20")  # usual for SGD with clipped gradients
-    if method.name in CONSTANT:
+    if method.name == CONSTANT:
         arguments["lr"] = _constant_lr(line)
     if method.has_own_direction:
         arguments.pop("optimizer", None)

@@ -66,9 +66,9 @@ GRIDS: dict[tuple[str, str], list[str]] = {
     ("text", "adam"): ["0.0005", "0.0014", "0.004", "0.012", "0.035"],
 }
 GRID = {f"cosine {peak}": float(peak) for peaks in GRIDS.values() for peak in peaks}
-DECAYING = ["cosine", "linear", "wsd"]  # raced at three peaks: usual, measured and constant
+DECAYING = ["cosine", "linear", "wsd"]  # raced from the usual and from the measured rate
 MEASURED = [f"{name} (measured)" for name in DECAYING]
-CONSTANT = [f"{name} (constant)" for name in DECAYING]  # cells.py sets the rate
+CONSTANT = "cosine (constant)"  # from one rate per optimizer, which cells.py sets
 PLAIN = [  # rivals with their usual settings
     "fixed", "multistep", "exponential", *DECAYING, "sgdr", "onecycle", "plateau", "greedy", "hd", "rtho", "l4mom",
     "l4adam", "schedule-free", "warmup-cosine", "dadaptation",
@@ -89,7 +89,7 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=recommended gamma=measured",
     **{name: f"meta-test schedule={name}" for name in PLAIN},
     **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
-    **{f"{name} (constant)": f"meta-test schedule={name}" for name in DECAYING},
+    CONSTANT: "meta-test schedule=cosine",
     **{name: f"meta-test schedule=cosine lr={peak:g}" for name, peak in GRID.items()},
     "cosine 0.5": "meta-test schedule=cosine lr=0.5",
     "adam": "meta-test schedule=fixed optimizer=adam",

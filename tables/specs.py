@@ -283,9 +283,8 @@ TABLES: dict[str, Table] = {
         title="No tuning: the regret against the best cosine of a grid",
         question="Which method is best on many problems if nobody tunes anything?",
         methods=[
-            "MLR-SNet (recommended)", "MLR-SNet (transferred)", "MLR-SNet (transferred, measured)", "no net (measured)",
-            *DECAYING, *MEASURED, *CONSTANT, "fixed (measured)", "greedy", "schedule-free", "schedule-free-adamw",
-            "schedule-free-radam", "prodigy", "prodigy-cosine", "dadaptation",
+            "MLR-SNet (recommended)", "MLR-SNet (transferred)", "no net (measured)", *DECAYING, *MEASURED, CONSTANT,
+            "greedy", "schedule-free", "schedule-free-adamw", "schedule-free-radam", "prodigy-cosine", "dadaptation",
         ],
         has_regret=True,
         presets={
