@@ -2,12 +2,13 @@
 a stopped one resumes.
 """
 
-import contextlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,12 +16,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from cells import Cell
 from runs import rows_of
 from tqdm import tqdm
 
 from training.folder import FolderLock
 from utils import read_text, write_atomically
+
+# Runs are forked from a process that has imported what takes a script seconds to import.
+WARM = ("torch", "torchvision", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.model_selection")
+PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+PROCESSES.set_forkserver_preload(list(WARM))
+
+
+def run_script(command: list[str], threads: int, errors: str, folder: str, environment: dict[str, str]) -> None:
+    """Be the script that the command names: in this folder, with stderr in a file and without other output."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a Ctrl-C reaches the run through CellRun.stop() only
+    for descriptor, path, mode in ((1, os.devnull, os.O_WRONLY), (2, errors, os.O_WRONLY)):
+        os.dup2(os.open(path, mode), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 class CellRun:
@@ -29,7 +50,7 @@ class CellRun:
     def __init__(self, name: str, command: list[str], folder: Path, threads: int, num_epochs: int):
         self.name, self.command, self.folder, self.threads = name, command, folder, threads
         self.num_epochs = num_epochs
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None
         self.stopped = False
 
     @property
@@ -63,7 +84,7 @@ class CellRun:
     def stop(self) -> None:
         """End the run at its next checkpoint."""
         self.stopped = True
-        if self.process and self.process.poll() is None:
+        if self.process and self.process.is_alive():
             self.process.terminate()
 
     def checkpoint(self) -> Any:
@@ -71,10 +92,8 @@ class CellRun:
         from submitit.helpers import DelayedSubmission
 
         self.stop()
-        if self.process:
-            # The signal handler that calls this has interrupted process.wait(), so leave the exit status to it.
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        if self.process:  # the signal handler that calls this has interrupted process.join()
+            multiprocessing.connection.wait([self.process.sentinel])
         return DelayedSubmission(CellRun(self.name, self.command, self.folder, self.threads, self.num_epochs))
 
     def _is_of_another(self) -> bool:
@@ -110,24 +129,23 @@ class CellRun:
 
     def _start(self) -> tuple[int, list[str]]:
         """Run the script to its end; its exit status and what it wrote to stderr."""
-        command = [sys.executable, *self.command]
-        if (self.folder / "args.json").exists():
-            command = [*command[:2], "--resume"]
-        with tempfile.TemporaryFile("w+") as errors:  # a pipe would break a run that outlives this process
-            self.process = subprocess.Popen(
-                [*command, "--out", str(self.folder)], stdout=subprocess.DEVNULL, stderr=errors,
-                env={"OMP_NUM_THREADS": str(self.threads), **os.environ},  # which may set it, too
-                start_new_session=True,  # a Ctrl-C reaches the run through stop() only
+        words = ["--resume"] if (self.folder / "args.json").exists() else self.command[1:]
+        command = [self.command[0], *words, "--out", str(self.folder)]
+        environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}  # which may set it, too
+        threads = int(environment["OMP_NUM_THREADS"].split(",")[0])
+        with tempfile.NamedTemporaryFile("w+") as errors:  # a pipe would break a run that outlives this process
+            self.process = PROCESSES.Process(
+                target=run_script, args=(command, threads, errors.name, os.getcwd(), environment)
             )
+            self.process.start()
             if self.stopped:  # while it was being started
                 self.process.terminate()
             try:
-                code = self.process.wait()
+                self.process.join()
             finally:
-                if self.process.poll() is None:  # a job of a cluster was cancelled
+                if self.process.is_alive():  # a job of a cluster was cancelled
                     self.process.terminate()
-            errors.seek(0)
-            return code, errors.read().strip().splitlines()
+            return self.process.exitcode, errors.read().strip().splitlines()
 
 
 class Race:

@@ -364,12 +364,12 @@ def test_a_job_near_its_time_limit_stops_at_a_checkpoint_and_a_new_one_resumes(t
     runs = tmp_path / "cifar10-resnet-smoke" / "runs"
     wait_for(lambda: list(runs.glob("*/metrics.csv")))
     (run,) = runs.iterdir()
-    trainer = int((run / ".lock").read_text().split()[0])
-    job = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{trainer}/status").read_text())[1])
+    (log,) = (tmp_path / "cifar10-resnet-smoke" / "jobs").glob("*_log.out")
+    controller = log.name.split("_")[0]
+    job = int(Path(f"/proc/{controller}/task/{controller}/children").read_text())
     os.kill(job, signal.SIGUSR2)  # as Slurm does near the time limit
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     epochs = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()[1:]]
     assert epochs == [str(epoch) for epoch in range(1, 9)]
-    (log,) = (tmp_path / "cifar10-resnet-smoke" / "jobs").glob("*_log.out")
     assert "Requeued" in log.read_text()
