@@ -19,18 +19,7 @@ from torch.optim import Optimizer
 from baselines.base import Baseline
 from baselines.from_gradients import HD, L4, RTHO, L4Adam
 from baselines.from_losses import Greedy, Plateau, Val
-from baselines.of_time import (
-    SGDR,
-    WSD,
-    Cooldown,
-    Cosine,
-    Exponential,
-    Fixed,
-    Linear,
-    Multistep,
-    OneCycle,
-    WarmupCosine,
-)
+from baselines.of_time import SGDR, WSD, Cosine, Exponential, Fixed, Linear, Multistep, OneCycle, WarmupCosine
 from baselines.self_tuning import DAdaptation, Prodigy, ProdigyCosine, ScheduleFree, ScheduleFreeRAdam
 
 SCHEDULES: dict[str, type[Baseline]] = {
@@ -43,7 +32,6 @@ SCHEDULES: dict[str, type[Baseline]] = {
     "warmup-cosine": WarmupCosine,
     "linear": Linear,
     "wsd": WSD,
-    "cooldown": Cooldown,
     "val": Val,
     "plateau": Plateau,
     "greedy": Greedy,

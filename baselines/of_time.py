@@ -123,12 +123,3 @@ class WSD(Warmup):
 
     def decay(self, progress: float) -> float:
         return 1.0
-
-
-class Cooldown(ClosedForm):
-    """The initial rate, and a linear decay to 0 over the last 20 % of the run: MLR-SNet with a cool-down and no net."""
-
-    knows_length = True
-
-    def factor(self, epoch: float) -> float:
-        return min(1.0, 5 * (1 - epoch / self.num_epochs))

@@ -82,8 +82,8 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (transferred, without momentum)": "meta-test schedule=mlr-snet momentum=0",  # as the authors' script
     # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
     "MLR-SNet (transferred, gamma 0.067)": "meta-test schedule=mlr-snet gamma=0.067",
-    "MLR-SNet (recommended)": "meta-test schedule=mlr-snet nets=recommended gamma=measured cooldown=0.2",
-    "no net (measured)": "meta-test schedule=cooldown lr=measured",
+    "MLR-SNet (recommended)": "meta-test schedule=mlr-snet nets=recommended gamma=measured warmup=0.05 "
+                              "cooldown=0.2",
     "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=recommended",
     "MLR-SNet (transferred, measured)": "meta-test schedule=mlr-snet gamma=measured",
     "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=recommended gamma=measured",

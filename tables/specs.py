@@ -190,7 +190,7 @@ TABLES: dict[str, Table] = {
     "learning": Table(
         title="Learning while training: where the meta gradient is taken, and the cool-down",
         question="Which flags of meta-train.py train a network as well as a cosine whose peak was tuned?",
-        methods=[*LEARNING, "no net (measured)", "wsd (measured)"],
+        methods=[*LEARNING, "wsd (measured)"],
         has_regret=True,
         presets={
             "desk": [
@@ -283,8 +283,8 @@ TABLES: dict[str, Table] = {
         title="No tuning: the regret against the best cosine of a grid",
         question="Which method is best on many problems if nobody tunes anything?",
         methods=[
-            "MLR-SNet (recommended)", "MLR-SNet (transferred)", "no net (measured)", *DECAYING, *MEASURED, CONSTANT,
-            "greedy", "schedule-free", "schedule-free-adamw", "schedule-free-radam", "prodigy-cosine", "dadaptation",
+            "MLR-SNet (recommended)", "MLR-SNet (transferred)", *DECAYING, *MEASURED, CONSTANT, "greedy",
+            "schedule-free", "schedule-free-adamw", "schedule-free-radam", "prodigy-cosine", "dadaptation",
         ],
         has_regret=True,
         presets={
