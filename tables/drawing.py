@@ -72,10 +72,12 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
 def _draw_curve(panel: Any, record: Record, column: str, style: dict[str, Any], has_band: bool) -> None:
     """The mean of a column over the seeds."""
     runs = record["runs"]
-    length = min(len(run) for run in runs)
-    epochs, means, low, high = range(1, length + 1), [], [], []
-    for epoch in range(length):
-        values = [run[epoch][column] for run in runs]
+    epochs, means, low, high = [], [], [], []
+    for rows in zip(*runs, strict=False):
+        if column not in rows[0]:  # an epoch without a test
+            continue
+        values = [row[column] for row in rows]
+        epochs.append(rows[0]["epoch"])
         mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         means.append(mean)
         low.append(mean - deviation)

@@ -70,7 +70,7 @@ def _curves(members: list[Record], shown: list[str]) -> Any:
     from bokeh.layouts import row
     from bokeh.models.annotations import Legend, LegendItem
 
-    panels = [_panel(name, members, shown) for name in CURVES if name in members[0]["runs"][0][0]]
+    panels = [_panel(name, members, shown) for name in CURVES if name in members[0]["runs"][0][-1]]
     items = []
     for place, record in enumerate(members):
         *others, last = [panel.renderers[place] for panel in panels]
@@ -98,9 +98,10 @@ def _panel(name: str, members: list[Record], shown: list[str]) -> Any:
     labels = sorted([record["label"] for record in members], key=lambda label: label not in shown)
     for record in members:
         place = labels.index(record["label"])  # the lines shown get the first colours
-        means = [statistics.mean(row[name] for row in rows) for rows in zip(*record["runs"], strict=False)]
+        epochs = [rows for rows in zip(*record["runs"], strict=False) if name in rows[0]]
+        means = [statistics.mean(row[name] for row in rows) for rows in epochs]
         panel.line(
-            list(range(1, len(means) + 1)), means, name=record["label"], visible=record["label"] in shown,
+            [rows[0]["epoch"] for rows in epochs], means, name=record["label"], visible=record["label"] in shown,
             color=COLOURS[place % len(COLOURS)], line_dash=["solid", "dashed", "dotted"][place // len(COLOURS) % 3],
             line_width=3 if record["is_ours"] else 1.5,
         )

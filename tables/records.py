@@ -59,15 +59,15 @@ def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
 def _results(done: list[Run], epochs: int) -> Record:
     """Metric and costs over the seeds that finished."""
     runs = [run.rows[:epochs] for run in done]
-    metric = next(name for name in UNITS if name in runs[0][0])
+    metric = next(name for name in UNITS if name in runs[0][-1])
     best = min if metric in LOW_IS_GOOD else max
     values_of = {
         "last": [rows[-1][metric] for rows in runs],
-        "best": [best(row[metric] for row in rows) for rows in runs],
+        "best": [best(row[metric] for row in rows if metric in row) for rows in runs],
     }
-    if f"{metric}_average" in runs[0][0]:
+    if f"{metric}_average" in runs[0][-1]:
         values_of["average"] = [rows[-1][f"{metric}_average"] for rows in runs]
-    if "train_clean_acc" in runs[0][0]:
+    if "train_clean_acc" in runs[0][-1]:
         for name in ("train_acc", "train_clean_acc"):
             values_of[name] = [rows[-1][name] for rows in runs]
     results: Record = {"metric": metric, "runs": runs}
@@ -95,13 +95,13 @@ def _compared(record: Record, baseline: Record, target: float | None) -> Record:
 
 def _reach(record: Record, target: float) -> Record:
     """Steps and seconds until the target is met, the mean over the runs that met it."""
+    metric, sign = record["metric"], 1 if record["metric"] in LOW_IS_GOOD else -1
     epochs, seconds = [], []
     for rows in record["runs"]:
-        values = [row[record["metric"]] for row in rows]
-        is_met = [value <= target if record["metric"] in LOW_IS_GOOD else value >= target for value in values]
-        if any(is_met):
-            epochs.append(is_met.index(True) + 1)
-            seconds.append(sum(row["seconds"] for row in rows[: epochs[-1]]))
+        met = [epoch for epoch, row in enumerate(rows, 1) if metric in row and sign * row[metric] <= sign * target]
+        if met:
+            epochs.append(met[0])
+            seconds.append(sum(row["seconds"] for row in rows[: met[0]]))
     reach: Record = {"target": target, "reached": len(epochs)}
     if epochs and "steps_per_epoch" in record:
         reach["steps_to_target"] = statistics.mean(epochs) * record["steps_per_epoch"]

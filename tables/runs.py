@@ -52,7 +52,10 @@ def rows_of(folder: Path) -> list[Row]:
     """metrics.csv of a run's folder so far."""
     if not (folder / "metrics.csv").exists():
         return []
-    return [{name: float(value) for name, value in row.items()} for row in read_csv(folder / "metrics.csv")]
+    return [
+        {name: float(value) for name, value in row.items() if value != "" or not name.startswith(("test_", "valid_"))}
+        for row in read_csv(folder / "metrics.csv")  # an epoch without a test has no value for these
+    ]
 
 
 def collect(cells: Iterable[Cell], folder: Path) -> list[Run]:

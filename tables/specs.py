@@ -95,8 +95,8 @@ DESK = "num-epoch=30 limit-train=10000 limit-test=5000"
 SMALL_DESK = "limit-train=5000 limit-test=2000 image-size=16"  # at full size so few steps fit hardly any data
 TEXT_DESK = "num-epoch=8 embed-size=128 dropout=0.2"
 SMALL_LEARNING = "dataset=folder limit-train=4000 limit-test=2000 image-size=16 num-epoch=20 average="
-UNTUNED_IMAGES = "dataset=folder limit-test=1000 average="
-UNTUNED_TEXT = "dataset=text embed-size=64 dropout=0.1 limit-test=10000 average="
+UNTUNED_IMAGES = "dataset=folder limit-test=1000 average= test-every=4"
+UNTUNED_TEXT = "dataset=text embed-size=64 dropout=0.1 limit-test=10000 average= test-every=4"
 NOISES = [flag("noise-kind", "uniform", "flip"), flag("label-noise", "0.2", "0.4", "0.6")]
 BOTH_OPTIMIZERS = ["momentum=0.9", "optimizer=adamw"]
 
@@ -197,7 +197,8 @@ TABLES: dict[str, Table] = {
                 *lines(SMALL_LEARNING, [
                     "network=resnet8", "network=resnet8 momentum=0.9", "network=resnet20 optimizer=adamw",
                 ]),
-                *lines(f"network=lstm2 {UNTUNED_TEXT} tokens=word limit-train=40000 num-epoch=6"),
+                *lines("network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
+                       "limit-test=10000 num-epoch=6 average="),
             ],
         },
         named_by=("optimizer",),
@@ -296,7 +297,7 @@ TABLES: dict[str, Table] = {
                     "network=resnet8 image-size=32 limit-train=2500 batch-size=64 num-epoch=4 optimizer=adamw",
                     "network=resnet20 image-size=16 limit-train=2500 batch-size=64 num-epoch=6 momentum=0.9",
                 ]),
-                *lines("network=resnet20 dataset=digits num-epoch=12 optimizer=adamw average="),
+                *lines("network=resnet20 dataset=digits num-epoch=12 optimizer=adamw average= test-every=4"),
                 *lines(UNTUNED_IMAGES, [
                     "network=shufflenetv2 image-size=16 limit-train=1000 batch-size=32 num-epoch=8 momentum=0.9",
                     "network=mobilenetv2 image-size=16 limit-train=1000 batch-size=32 num-epoch=6",
@@ -312,7 +313,7 @@ TABLES: dict[str, Table] = {
                     "network=resnet8 image-size=16 limit-train=5000 batch-size=256 accumulate=4 num-epoch=10 "
                     "momentum=0.9",
                 ]),
-                *lines("network=vit dataset=digits num-epoch=12 momentum=0.9 average="),
+                *lines("network=vit dataset=digits num-epoch=12 momentum=0.9 average= test-every=4"),
                 *lines(UNTUNED_TEXT, [
                     "network=lstm2 tokens=word limit-train=40000 num-epoch=6",
                     "network=lstm2 tokens=char limit-train=50000 num-epoch=20 optimizer=adamw",

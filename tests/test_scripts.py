@@ -163,3 +163,17 @@ def test_torch_hub_gives_the_scheduler_and_the_net():
     assert 0 < schedule.get_last_lr()[0] < schedule.gamma
     net = torch.hub.load(str(ROOT), "mlr_snet", source="local")
     assert sum(parameter.numel() for parameter in net.parameters()) == 11776
+
+
+def test_a_run_that_tests_every_second_epoch_leaves_the_others_empty_and_resumes(tmp_path, capsys):
+    words = [*SMALL[:-4], "--num-epoch", "5", "--device", "cpu", "--num-meta", "100", "--t-val", "2", "--average"]
+    assert call(capsys, META_TRAIN, *words, "--out", tmp_path / "each").returncode == 0
+    assert call(capsys, META_TRAIN, *words, "--test-every", "2", "--out", tmp_path / "some").returncode == 0
+    kill_and_resume([*words, "--test-every", "2"], tmp_path / "killed", signal.SIGKILL)
+    each, some, killed = (list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
+                          for name in ("each", "some", "killed"))
+    tested = ("test_loss", "test_acc", "test_acc_average")
+    for number, (whole, row, resumed) in enumerate(zip(each, some, killed, strict=True), 1):
+        expected = {name: "" if name in tested and number in (1, 3) else whole[name] for name in whole}
+        assert row | {"seconds": ""} == resumed | {"seconds": ""} == expected | {"seconds": ""}
+    assert (tmp_path / "some" / "run.png").stat().st_size > 5_000

@@ -45,6 +45,11 @@ def _numbers(table: dict[str, float], names: Iterable[str]) -> dict[str, float]:
     return dict(table)
 
 
+def _longest(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The row of the most columns: an epoch without a test leaves some of them empty."""
+    return max(rows, key=lambda row: len(row))
+
+
 class Metrics:
     """The rows of metrics.csv, one per epoch, and the totals of the present epoch."""
 
@@ -90,7 +95,7 @@ class Metrics:
     def write(self, path: Path) -> None:
         """metrics.csv."""
         text = io.StringIO()
-        table = csv.DictWriter(text, list(self.rows[0]))
+        table = csv.DictWriter(text, list(_longest(self.rows)))
         table.writeheader()
         table.writerows(self.rows)
         write_atomically(path, text.getvalue().encode())
@@ -102,7 +107,7 @@ class Metrics:
         """Continue from state_dict(). ValueError for rows that are not of one table, or not of the first epochs."""
         rows = [_numbers(row, ("epoch", "lr", "seconds")) for row in state["rows"]]
         for number, row in enumerate(rows, 1):
-            if row.keys() != rows[0].keys() or row["epoch"] != number:
+            if not row.keys() <= _longest(rows).keys() or row["epoch"] != number:
                 raise ValueError(f"row {number} of the metrics is {row}")
         self.rows, self.totals = rows, _numbers(state["totals"], self.EMPTY)
 

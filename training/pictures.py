@@ -46,15 +46,20 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> None:
         tqdm.write(f"warning: {path.name} could not be drawn ({first_line(error)})", file=sys.stderr)
 
 
+def columns_of(rows: list[dict[str, float]], *names: str) -> list[list[float]]:
+    """The values of each of the columns, from the rows that have them all."""
+    whole = [row for row in rows if all(name in row for name in names)]
+    return [[row[name] for row in whole] for name in names]
+
+
 def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
     """run.png: training and test loss, accuracy or perplexity, those of averaged weights, and LR over the epochs.
 
     rows are those of metrics.csv.
     """
     def draw() -> Any:
-        epochs = [row["epoch"] for row in rows]
         figure, (panels,) = subplots(1, 3, 4, 3.4)
-        metric = next((name, label) for name, label in METRICS.items() if f"test_{name}" in rows[0])
+        metric = next((name, label) for name, label in METRICS.items() if f"test_{name}" in rows[-1])
         loss_unit = "mean squared error" if metric[0] == "r2" else "nats"
         columns = (("loss", f"loss ({loss_unit})"), metric)
         for panel, (column, label) in zip(panels, columns, strict=False):
@@ -62,11 +67,11 @@ def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
                       f"test_{column}": ("--", "test"),
                       f"test_{column}_average": ("k-", "test, averaged weights")}
             for name, (style, title) in curves.items():
-                if name in rows[0]:
-                    panel.plot(epochs, [row[name] for row in rows], style, label=title)
+                if name in rows[-1]:
+                    panel.plot(*columns_of(rows, "epoch", name), style, label=title)
             panel.set(xlabel="epoch", ylabel=label)
             panel.legend(fontsize="small")
-        panels[2].plot(epochs, [row["lr"] for row in rows], "k-")
+        panels[2].plot(*columns_of(rows, "epoch", "lr"), "k-")
         panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
         panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
         for panel in panels:

@@ -275,8 +275,9 @@ class Trainer:
         """Evaluate, write metrics and checkpoint, and log."""
         means = self.metrics.means()
         lr = means.pop("lr")
+        is_tested = epoch % self.args.test_every == 0 or epoch == self.args.num_epoch
         with self.cost.paused():
-            results = self._evaluate(means)
+            results = self._evaluate(means, is_tested)
         for name, value in results.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.step}, the last one of epoch {epoch}")
@@ -287,10 +288,13 @@ class Trainer:
         self._save_checkpoint()
         self.log.epoch(row)
 
-    def _evaluate(self, means: dict[str, float]) -> dict[str, float]:
+    def _evaluate(self, means: dict[str, float], is_tested: bool) -> dict[str, float]:
         """The columns of the epoch with these means of the training loss and accuracies (%)."""
+        row = self.task.train_metrics(**means)
+        if not is_tested:
+            return row
         with evaluating(self.optimizer, self.network, self.task):
-            row = self.task.train_metrics(**means) | self.task.evaluate(self.network)
+            row |= self.task.evaluate(self.network)
             if self.average and self.args.average:
                 name = f"test_{self.task.metric}"
                 with evaluating_average(self.average, self.task):
