@@ -43,11 +43,23 @@ def filled(network):
     return network
 
 
-def images():
+def images(**options):
     # 61 images in batches of 20: the last batch has a single one, for two ranks
-    task = build_task("digits", Path(), batch_size=20, num_meta=31, limit_train=61, limit_test=41, device=CPU)
+    sizes = {"batch_size": 20, "num_meta": 31, "limit_train": 61, "limit_test": 41}
+    task = build_task("digits", Path(), device=CPU, **sizes, **options)
     task.train.augment = True
     return task, filled(Double())
+
+
+def micro_batches():
+    return images(accumulate=3)  # of 7, 7 and 6 images, or on two ranks of 4, 3 and 3
+
+
+def angles():
+    task, _ = images(predict="angle")
+    network = Double()
+    network.layers[-1] = nn.Linear(36, 1).double()
+    return task, filled(network)
 
 
 def text():
@@ -65,7 +77,7 @@ def end_of(make, schedule_name):
         optimizer = build_optimizer("sgd", network.parameters(), 1.0, 0.5, 0.01)
         schedule = MetaMLRSNetLR(
             optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 3), t_val=1, lr=0.01,
-            gamma="paper", meta_point=schedule_name, average_decay=0.9,
+            gamma="paper" if task.num_classes else 0.3, meta_point=schedule_name, average_decay=0.9,
         )
     else:
         optimizer, schedule = build_baseline(
@@ -82,7 +94,10 @@ def end_of(make, schedule_name):
     }
 
 
-RUNS = {images: ("lookahead", "average", "hd", "l4mom", "rtho"), text: ("lookahead", "average", "rtho", "val")}
+RUNS = {
+    images: ("lookahead", "average", "hd", "l4mom", "rtho"), text: ("lookahead", "average", "rtho", "val"),
+    micro_batches: ("lookahead", "rtho"), angles: ("average",),
+}
 
 if __name__ == "__main__":
     init_distributed(CPU)
