@@ -275,7 +275,7 @@ TEMPORARIES = ".mlr-snet-*.tmp"  # the names of the files that become others onc
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it. Rank 0 alone writes.
+    """Write the whole file or nothing: a reader, or a run killed here, never meets half of it. Only rank 0 writes.
 
     Nothing is written through a link: what `path` names is replaced, and the temporary file is new.
     """

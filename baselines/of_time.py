@@ -10,7 +10,7 @@ from mlr_snet import set_lr
 
 
 class ClosedForm(Baseline):
-    """A rate that depends on the time alone."""
+    """A rate that depends on the time only."""
 
     @abstractmethod
     def factor(self, epoch: float) -> float:

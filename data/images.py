@@ -33,7 +33,7 @@ class Split(Protocol):
     def batches(self, plan: Plan) -> Iterator[Tensor]:
         """This rank's shard of every batch of the plan: normalised images (shard, 3, height, width) on the device.
 
-        A batch with a key is augmented; the randomness depends on the key alone.
+        A batch with a key is augmented; the randomness depends on the key only.
         """
 
     def add_to_digest(self, digest: Any) -> None:
@@ -118,7 +118,7 @@ class ImageTask:
     """Image classification as the training loop sees it.
 
     The meta images are class-balanced, chosen by the seed, and disjoint from the training images. A batch depends on
-    the seed and the step alone. `corruption` damages the training images, and a share `label_noise` of the training
+    the seed and the step only. `corruption` damages the training images, and a share `label_noise` of the training
     labels is wrong; meta and test data stay clean. A training batch is taken in `accumulate` micro-batches. Raises
     ValueError for sizes that the data set does not allow.
     """

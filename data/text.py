@@ -161,7 +161,7 @@ class Columns:
         place = edges[:-1] + torch.arange(rows)[:, None]  # (rows, columns)
         ended = place >= edges[1:]
         self.number, self.length = number, length
-        self.missing = int(ended.sum())  # targets missing from the last row, which alone has gaps
+        self.missing = int(ended.sum())  # targets missing from the last row; no other has gaps
         place.clamp_(max=total - 1)
         own, is_duplicate = shard(number)
         targets = ids[place[:, own] + 1].masked_fill(ended[:, own], -100)

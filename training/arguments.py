@@ -13,7 +13,7 @@ from training.command_line import Parser, folder, number, number_or
 from training.folder import contents, read_record
 from utils import ROOT, plain
 
-# The flags whose defaults depend on the modality; a flag of the other modality alone is refused.
+# The flags whose defaults depend on the modality; one of the other modality only is refused.
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
                   "skip_bad_images": False, "corruption": None, "severity": None, "label_noise": None,
                   "noise_kind": None, "predict": "class", "accumulate": 1}

@@ -53,7 +53,7 @@ def folder(text: str) -> Path:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag by its first spelling alone; the others are the authors'."""
+    """Shows a flag by its first spelling only; the others are the authors'."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=24)
