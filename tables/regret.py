@@ -179,17 +179,23 @@ def _rows(summaries: list[Record], highlight: Sequence[str]) -> list[list[str]]:
             if f"mean {unit}" not in summary:
                 row += ["–"] * 3
                 continue
-            low, high = map(_number, summary[f"interval {unit}"])
-            row += [f"{_number(summary[f'mean {unit}'])} [{low}, {high}]", _number(summary[f"worst {unit}"]),
+            row += [_with_interval(summary, unit), _number(summary[f"worst {unit}"]),
                     _number(averaged.get(summary["method"], {}).get(f"mean {unit}"))]
         row += [f"{100 * summary['close']:.0f} %", str(summary["diverged"]), _number(summary["relative_steps"])]
         rows.append(row)
     return rows
 
 
+def _with_interval(summary: Record, unit: str) -> str:
+    """The mean regret, and its interval where there is more than one value."""
+    mean, (low, high) = _number(summary[f"mean {unit}"]), map(_number, summary[f"interval {unit}"])
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
 def _each_problem(regrets: list[Record], records: list[Record], methods: Sequence[str]) -> list[str]:
     """The results of these methods and of the best cosine on every problem, where there are few problems."""
-    marks = zero_marks(records)
+    best = zero_marks(records)
+    marks = {group: best[group] for group in dict.fromkeys(record["group"] for record in records) if group in best}
     if len(marks) > FEW:
         return []
     rows = [["live / averaged weights", *marks]]
