@@ -141,20 +141,19 @@ def network_and_optimizer():
 
 
 def blocks_of_the_readme():
-    """The Python of the section on a loop of one's own: using, measuring, scaled gradients, learning."""
+    """The Python of the section on a loop of one's own: using and learning."""
     section = (ROOT / "README.md").read_text().split("## In your own loop")[1].split("In the trainer you")[0]
     return [part.split("```")[0] for part in section.split("```python\n")[1:]]
 
 
-@pytest.mark.parametrize("kind", ["use", "measure", "learn"])
+@pytest.mark.parametrize("kind", ["use", "learn"])
 def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)  # the last example saves a file
-    using, measuring, _, learning = blocks_of_the_readme()
-    imports, loop = using[: using.index("schedule =")], using[using.index("for epoch") :]
-    code = {
-        "use": using, "measure": imports + measuring + loop,
-        "learn": imports + measuring[: measuring.index("batches = ")] + learning.replace("...  #", loop + "#"),
-    }[kind]
+    using, learning = blocks_of_the_readme()
+    code = using
+    if kind == "learn":
+        before, loop = using[: using.index("schedule =")], using[using.index("for epoch") :]
+        code = before + learning.replace("...  #", loop + "#")
     task = Batches()
     network, optimizer = network_and_optimizer()
     names = {"torch": torch, "functional": functional, "network": network, "optimizer": optimizer,
@@ -163,12 +162,12 @@ def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_pa
     mine = names["schedule"]
 
     other, optimizer = network_and_optimizer()
-    arguments = schedule_arguments(task, 90) | {"cooldown": 0.2}
+    arguments = schedule_arguments(task, 90) | {"gamma": mine.gamma, "cooldown": 0.2}
     if kind == "learn":
         net = MLRSNet()
         schedule = MetaMLRSNetLR(optimizer, net, other, MetaStream(task, other), **arguments, meta_point="average")
     else:
-        schedule = MLRSNetLR(optimizer, load_schedules(), **arguments, gamma=mine.gamma)
+        schedule = MLRSNetLR(optimizer, load_schedules(), **arguments, warmup=0.05)
     steps = list(train(other, task, optimizer, schedule, 90))
     assert len(steps) == mine.steps_taken == 180
     assert mine.get_last_lr() == schedule.get_last_lr()
@@ -177,18 +176,3 @@ def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_pa
     if kind == "learn":
         saved = torch.load("schedule.pth", weights_only=True)
         assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
-
-
-def test_the_readmes_lines_for_a_grad_scaler_run_in_its_loop():
-    using, _, scaling, _ = blocks_of_the_readme()
-    attaching, stepping = scaling.split("\n", 1)
-    before, after = using.split("        loss.backward()\n")
-    assert after.count("\n") == 2  # step(loss) and optimizer.step()
-    code = before.replace("for epoch", f"{attaching}\nfor epoch")
-    code += "".join(f"        {line}\n" for line in stepping.splitlines())
-    task = Batches()
-    network, optimizer = network_and_optimizer()
-    names = {"functional": functional, "network": network, "optimizer": optimizer, "loader": task.loader,
-             "scaler": torch.amp.GradScaler("cpu")}
-    exec(code, names)
-    assert names["schedule"].steps_taken == 180 and names["schedule"].get_last_lr()[0] > 0
