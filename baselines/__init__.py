@@ -4,10 +4,9 @@
     from_losses       rates from losses
     from_gradients    rates from gradients
     self_tuning       optimizers that set their rate themselves
-    lr_finder         Lightning's LR finder, the rival of measure_lr_scale
 
 All are stepped like MLRSNetLR: step(loss) between backward() and optimizer.step(), with this rank's loss where there
-are several. greedy, the self-tuning optimizers and the LR finder come from packages that are optional.
+are several. greedy and the self-tuning optimizers come from packages that are optional.
 """
 
 from collections.abc import Callable

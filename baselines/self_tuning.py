@@ -32,8 +32,9 @@ class ScheduleFree(SelfTuning):
 
     def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
         super().__init__(optimizer, num_epochs, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["warmup_steps"] = num_epochs * steps_per_epoch // 20
+        if self.knows_length:
+            for group in optimizer.param_groups:
+                group["warmup_steps"] = num_epochs * steps_per_epoch // 20
 
     @classmethod
     def build_optimizer(cls, name: str, parameters: Any, lr: float, momentum: float, weight_decay: float) -> Optimizer:
@@ -54,9 +55,6 @@ class ScheduleFreeRAdam(ScheduleFree):
     usual_lr = {"adamw": 0.0025}
     packaged = {"adamw": "RAdamScheduleFree"}
     knows_length = False
-
-    def __init__(self, optimizer: Optimizer, num_epochs: int, steps_per_epoch: int):
-        SelfTuning.__init__(self, optimizer, num_epochs, steps_per_epoch)
 
 
 class DAdaptation(SelfTuning):

@@ -9,11 +9,9 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import SCHEDULES, Baseline, build_baseline, default_beta
-from baselines.lr_finder import lightning_lr_finder
 from data import IMAGES
 from data.meta_stream import MetaStream, epoch_changes, schedule_arguments
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
-from mlr_snet_scale import measure_lr_scale
 from training.arguments import (
     add_run_arguments,
     add_scale,
@@ -31,7 +29,6 @@ EXAMPLES = """\
   python meta-test/meta-test.py --network resnet20 --dataset digits --num-epoch 20 \\
     --nets meta-train/result/resnet8_digits
   python meta-test/meta-test.py --network shufflenetv2 --dataset cifar10 --schedule cosine --lr 0.5"""
-FINDERS = {"measured": measure_lr_scale, "lightning": lightning_lr_finder}  # of the rate of a baseline
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,9 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"ones: {', '.join(SHIPPED)} (default: paper)")
     add_scale(add)
     with_beta = " and ".join(name for name, baseline in SCHEDULES.items() if baseline.has_beta)
-    add("--lr", type=number_or(number(float, 0, above=True), *FINDERS), metavar="LR",
-        help="initial or peak rate of a baseline; measured finds it as for --gamma, lightning by Lightning's "
-        f"LR finder (default: {_usual_rates()})")
+    add("--lr", type=number_or(number(float, 0, above=True), "measured"), metavar="LR",
+        help=f"initial or peak rate of a baseline; measured finds it as for --gamma (default: {_usual_rates()})")
     add("--beta", type=number(float, 0, above=True), metavar="BETA",
         help=f"step of {with_beta} on the rate (default: {default_beta('sgd'):g}; adam {default_beta('adam'):g})")
     add_run_arguments(parser)
@@ -68,7 +64,7 @@ def _check_schedule(parser: Parser, args: argparse.Namespace, given: set[str]) -
     for flag in ("gamma", "nets", "warmup", "cooldown"):
         if flag in given:
             parser.error(f"--{flag} belongs to --schedule mlr-snet; leave it out with {args.schedule}")
-    if args.lr in FINDERS and baseline.rate == "factor":
+    if args.lr == "measured" and baseline.rate == "factor":
         parser.error(f"{schedule} finds its rate itself, and --lr multiplies it; leave it out")
     if baseline.needs_validation and args.dataset in IMAGES and not args.num_meta:
         parser.error(f"{schedule} needs images to validate on; set some aside with --num-meta 1000")
@@ -112,9 +108,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             lr = args.lr
-            if lr in FINDERS:
+            if lr == "measured":
                 plain = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-                measurement = measure(args, task, network, plain, FINDERS[lr])
+                measurement = measure(args, task, network, plain)
                 lr = measurement.result.scale
             optimizer, schedule = build_baseline(
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,

@@ -21,9 +21,9 @@ def coloured(records: list[Record], highlight: Sequence[str], most: int = len(CO
     By default MLR-SNet comes first, then what ends best: by the sum of its places over the groups.
     """
     if highlight:
-        return list(dict.fromkeys(record["label"] for record in records if record["method"] in highlight))
+        return list(dict.fromkeys(record["method"] for record in records if record["method"] in highlight))
     places = places_of(records)
-    is_ours = {record["label"]: record["is_ours"] for record in records}
+    is_ours = {record["method"]: record["is_ours"] for record in records}
     ranked = sorted(is_ours, key=lambda label: (not is_ours[label], places[label]))
     return [label for label in is_ours if label in ranked[:most]]
 
@@ -56,7 +56,7 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
         shown["lr"] = "learning rate (mean of the epoch)"
         for panel, (column, label) in zip(row, shown.items(), strict=True):
             for record in members:
-                style = style_of(record["label"], chosen, record["is_ours"])
+                style = style_of(record["method"], chosen, record["is_ours"])
                 _draw_curve(panel, record, column, style, has_band=column.startswith(metric))
             panel.set(xlabel="epoch", ylabel=label)
             panel.xaxis.get_major_locator().set_params(integer=True)
@@ -65,7 +65,7 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
             elif metric == "test_ppl" and column.startswith(metric):
                 _logarithmic(panel)
         row[0].set_title(members[0]["title"], loc="left")
-        _legend(row[-1], [record["label"] for record in members if record["label"] not in chosen])
+        _legend(row[-1], [record["method"] for record in members if record["method"] not in chosen])
     save(figure, path)
 
 
@@ -83,7 +83,7 @@ def _draw_curve(panel: Any, record: Record, column: str, style: dict[str, Any], 
         low.append(mean - deviation)
         high.append(mean + deviation)
     is_grey = style["color"] == GREY
-    panel.plot(epochs, means, label=None if is_grey else record["label"], **style)
+    panel.plot(epochs, means, label=None if is_grey else record["method"], **style)
     if has_band and not is_grey and len(runs) > 1:
         panel.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
 

@@ -29,8 +29,8 @@ class Method:
             return True
         if not self.is_ours:
             return SCHEDULES[self.schedule].knows_length
-        if self.script == "meta-train":
-            return True  # as many updates in a run of any length
+        if self.script == "meta-train":  # as many updates in a run of any length
+            return True
         return self.flags.get("nets") != "recommended"  # one net; the three share the run
 
     @property
@@ -85,8 +85,6 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (recommended)": "meta-test schedule=mlr-snet nets=recommended gamma=measured warmup=0.05 "
                               "cooldown=0.2",
     "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=recommended",
-    "MLR-SNet (transferred, measured)": "meta-test schedule=mlr-snet gamma=measured",
-    "MLR-SNet (transferred, average net, measured)": "meta-test schedule=mlr-snet nets=recommended gamma=measured",
     **{name: f"meta-test schedule={name}" for name in PLAIN},
     **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
     CONSTANT: "meta-test schedule=cosine",

@@ -76,7 +76,7 @@ def _curves(members: list[Record], shown: list[str]) -> Any:
         *others, last = [panel.renderers[place] for panel in panels]
         for other in others:
             last.js_link("visible", other, "visible")
-        items.append(LegendItem(label=record["label"], renderers=[last]))
+        items.append(LegendItem(label=record["method"], renderers=[last]))
     legend = Legend(items=items, click_policy="hide", label_text_font_size="9pt", glyph_height=12, spacing=-2)
     panels[-1].add_layout(legend, "right")
     panels[-1].width += 260
@@ -95,13 +95,13 @@ def _panel(name: str, members: list[Record], shown: list[str]) -> Any:
         tools="pan,wheel_zoom,box_zoom,reset,hover", tooltips="$name: @y{0.0000} in epoch @x",
     )
     panel.toolbar.logo = None
-    labels = sorted([record["label"] for record in members], key=lambda label: label not in shown)
+    labels = sorted([record["method"] for record in members], key=lambda label: label not in shown)
     for record in members:
-        place = labels.index(record["label"])  # the lines shown get the first colours
+        place = labels.index(record["method"])  # the lines shown get the first colours
         epochs = [rows for rows in zip(*record["runs"], strict=False) if name in rows[0]]
         means = [statistics.mean(row[name] for row in rows) for rows in epochs]
         panel.line(
-            [rows[0]["epoch"] for rows in epochs], means, name=record["label"], visible=record["label"] in shown,
+            [rows[0]["epoch"] for rows in epochs], means, name=record["method"], visible=record["method"] in shown,
             color=COLOURS[place % len(COLOURS)], line_dash=["solid", "dashed", "dotted"][place // len(COLOURS) % 3],
             line_width=3 if record["is_ours"] else 1.5,
         )

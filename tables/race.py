@@ -34,8 +34,8 @@ def run_script(command: list[str], threads: int, errors: str, folder: str, envir
     """Be the script that the command names: in this folder, with stderr in a file and without other output."""
     if hasattr(os, "setsid"):
         os.setsid()  # a Ctrl-C reaches the run through CellRun.stop() only
-    for descriptor, path, mode in ((1, os.devnull, os.O_WRONLY), (2, errors, os.O_WRONLY)):
-        os.dup2(os.open(path, mode), descriptor)
+    for descriptor, path in ((1, os.devnull), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -133,9 +133,10 @@ class CellRun:
         command = [self.command[0], *words, "--out", str(self.folder)]
         environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}  # which may set it, too
         threads = int(environment["OMP_NUM_THREADS"].split(",")[0])
-        with tempfile.NamedTemporaryFile("w+") as errors:  # a pipe would break a run that outlives this process
+        with tempfile.TemporaryDirectory() as place:
+            errors = Path(place, "stderr")  # a pipe would break a run that outlives this process
             self.process = PROCESSES.Process(
-                target=run_script, args=(command, threads, errors.name, os.getcwd(), environment)
+                target=run_script, args=(command, threads, str(errors), os.getcwd(), environment)
             )
             self.process.start()
             if self.stopped:  # while it was being started
@@ -145,7 +146,7 @@ class CellRun:
             finally:
                 if self.process.is_alive():  # a job of a cluster was cancelled
                     self.process.terminate()
-            return self.process.exitcode, errors.read().strip().splitlines()
+            return self.process.exitcode, read_text(errors).strip().splitlines()
 
 
 class Race:

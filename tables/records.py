@@ -9,11 +9,12 @@ from typing import Any
 from runs import Run
 from words import in_words, joined
 
+from training.pictures import METRICS
 from utils import COSTS
 
 Record = dict[str, Any]  # of a method on a line, over its seeds; lacks the results where no seed finished
 
-UNITS = {"test_acc": "accuracy (%)", "test_r2": "explained (%)", "test_ppl": "perplexity"}  # of the metrics
+UNITS = {f"test_{name}": label for name, label in METRICS.items()}
 LOW_IS_GOOD = ("test_ppl",)
 COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
            "average_mean", "average_std", "train_acc_mean", "train_acc_std", "train_clean_acc_mean",
@@ -48,8 +49,8 @@ def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
     epochs, words = first.lines[detail], in_words(first.arguments)
     done = [run for run in runs if len(run.rows) >= epochs]  # a diverged run ends before
     record: Record = {
-        "group": group, "detail": detail, "title": joined(words, detail), "method": method, "label": method,
-        "seeds": len(runs), "finished": len(done), "problem": first.problem, "problem_title": words,
+        "group": group, "detail": detail, "title": joined(words, detail), "method": method,
+        "seeds": len(runs), "finished": len(done), "problem": first.problem,
         "epochs": epochs, "is_ours": first.is_ours,
         "names": {run.seed: run.name for run in runs},
     }
@@ -118,12 +119,12 @@ def spread(record: Record, name: str) -> str:
 
 
 def places_of(records: list[Record]) -> Counter[str]:
-    """Every label's places among the best, summed over the groups; the smallest is the best."""
+    """Every method's places among the best, summed over the groups; the smallest is the best."""
     places: Counter[str] = Counter()
     for group in dict.fromkeys(record["group"] for record in records):
         members = sorted([record for record in records if record["group"] == group], key=_badness)
         for place, record in enumerate(members):
-            places[record["label"]] += place
+            places[record["method"]] += place
     return places
 
 

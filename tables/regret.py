@@ -25,7 +25,7 @@ from training.pictures import save, subplots
 CLOSE = 1.0  # point or %
 RESAMPLES = 2000  # of problems and seeds, for the intervals
 FEW = 6  # problems that a page shows one by one
-UNITS = {"points": "images", "%": "text"}
+KINDS = {"points": "images", "%": "text"}  # of problems, by the unit of their regret
 REGRET_COLUMNS = ["group", "method", "weights", "unit", "result", "regret", "relative_steps"]
 PEAK_COLUMNS = ["group", "best_peak", "is_end_of_grid", "result", "measured", "measured_over_best"]
 WEIGHTS = {"live": "last_mean", "averaged": "average_mean"}  # where a record has their result
@@ -47,7 +47,7 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
     )
     return [
         f"Regret over {len(peaks)} problems, of the live weights:", "", *markdown(_rows(summaries, highlight)),
-        *_each_problem(regrets, records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
+        *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
         "Regret is in points behind the best of a grid of cosines, or per cent of its perplexity; the best is picked "
         "on test data. Brackets hold 95 % of the means over resampled problems and seeds. Steps are forward passes "
         "for each step of the run, so that 1.10 means a tenth more than training. "
@@ -147,11 +147,11 @@ def summaries_of(regrets: list[Record]) -> list[Record]:
             "diverged": len(values) - len(finite), "finite_mean": statistics.mean(finite) if finite else math.inf,
             "relative_steps": statistics.mean(steps) if steps else None,
         }
-        for unit in UNITS:
+        for unit in KINDS:
             of_unit = [regret for regret in group if regret["unit"] == unit]
             if of_unit:
-                values = [regret["regret"] for regret in of_unit]
-                summary |= {f"mean {unit}": statistics.mean(values), f"worst {unit}": max(values),
+                of_problems = [regret["regret"] for regret in of_unit]
+                summary |= {f"mean {unit}": statistics.mean(of_problems), f"worst {unit}": max(of_problems),
                             f"interval {unit}": interval([regret["by_seed"] for regret in of_unit])}
         summaries.append(summary)
     return sorted(summaries, key=lambda summary: (summary["diverged"], summary["finite_mean"]))
@@ -168,10 +168,10 @@ def shown(summaries: list[Record], highlight: Sequence[str], most: int) -> list[
 
 def _rows(summaries: list[Record], highlight: Sequence[str]) -> list[list[str]]:
     averaged = {summary["method"]: summary for summary in summaries if summary["weights"] == "averaged"}
-    units = [unit for unit in UNITS if any(f"mean {unit}" in summary for summary in summaries)]
+    units = [unit for unit in KINDS if any(f"mean {unit}" in summary for summary in summaries)]
     header = ["method"]
     for unit in units:
-        header += [f"{UNITS[unit]}: mean ({unit})", "worst", "averaged weights"]
+        header += [f"{KINDS[unit]}: mean ({unit})", "worst", "averaged weights"]
     rows = [[*header, "within 1", "diverged", "steps"]]
     for summary in shown(summaries, highlight, MOST_ROWS):
         row = [summary["method"]]
@@ -192,7 +192,7 @@ def _with_interval(summary: Record, unit: str) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def _each_problem(regrets: list[Record], records: list[Record], methods: Sequence[str]) -> list[str]:
+def _each_problem(records: list[Record], methods: Sequence[str]) -> list[str]:
     """The results of these methods and of the best cosine on every problem, where there are few problems."""
     best = zero_marks(records)
     marks = {group: best[group] for group in dict.fromkeys(record["group"] for record in records) if group in best}

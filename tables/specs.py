@@ -96,9 +96,8 @@ SMALL_DESK = "limit-train=5000 limit-test=2000 image-size=16"  # at full size so
 TEXT_DESK = "num-epoch=8 embed-size=128 dropout=0.2"
 SMALL_LEARNING = "dataset=folder limit-train=4000 limit-test=2000 image-size=16 num-epoch=20 average="
 UNTUNED_IMAGES = "dataset=folder limit-test=1000 average= test-every=4"
-UNTUNED_TEXT = "dataset=text embed-size=64 dropout=0.1 limit-test=10000 average= test-every=4"
+SMALL_TEXT = "dataset=text embed-size=64 dropout=0.1 limit-test=10000 average="
 NOISES = [flag("noise-kind", "uniform", "flip"), flag("label-noise", "0.2", "0.4", "0.6")]
-BOTH_OPTIMIZERS = ["momentum=0.9", "optimizer=adamw"]
 
 TABLES: dict[str, Table] = {
     "first": Table(  # wrong labels keep the training loss from vanishing
@@ -197,8 +196,7 @@ TABLES: dict[str, Table] = {
                 *lines(SMALL_LEARNING, [
                     "network=resnet8", "network=resnet8 momentum=0.9", "network=resnet20 optimizer=adamw",
                 ]),
-                *lines("network=lstm2 dataset=text tokens=word embed-size=64 dropout=0.1 limit-train=40000 "
-                       "limit-test=10000 num-epoch=6 average="),
+                *lines(f"{SMALL_TEXT} network=lstm2 tokens=word limit-train=40000 num-epoch=6"),
             ],
         },
         named_by=("optimizer",),
@@ -252,22 +250,6 @@ TABLES: dict[str, Table] = {
         },
         named_by=("limit-train", "num-epoch"),
     ),
-    "networks-measured": Table(
-        title="Other networks, with the usual and the measured rate",
-        question="Does measuring the scale let one set of nets drive other networks and optimizers?",
-        methods=[
-            "MLR-SNet (transferred, measured)", "MLR-SNet (transferred, average net, measured)", "fixed",
-            "fixed (measured)", "multistep", "multistep (measured)", "cosine", "cosine (measured)", "exponential",
-            "sgdr", "adam",
-        ],
-        presets={
-            "paper": lines("dataset=cifar10 num-epoch=200 average=", BOTH_OPTIMIZERS,
-                           flag("network", "shufflenetv2", "mobilenetv2", "nasnet")),
-            "desk": lines("dataset=cifar10 num-epoch=8 limit-train=2560 limit-test=1000 image-size=16 average=",
-                          BOTH_OPTIMIZERS, flag("network", "shufflenetv2", "mobilenetv2", "resnet8")),
-        },
-        named_by=("optimizer",),
-    ),
     "full-size": Table(
         title="All training images at full size",
         question="What is left of the differences when a small network trains on all images for 30 epochs?",
@@ -314,7 +296,7 @@ TABLES: dict[str, Table] = {
                     "momentum=0.9",
                 ]),
                 *lines("network=vit dataset=digits num-epoch=12 momentum=0.9 average= test-every=4"),
-                *lines(UNTUNED_TEXT, [
+                *lines(f"{SMALL_TEXT} test-every=4", [
                     "network=lstm2 tokens=word limit-train=40000 num-epoch=6",
                     "network=lstm2 tokens=char limit-train=50000 num-epoch=20 optimizer=adamw",
                     "network=gpt tokens=word limit-train=40000 num-epoch=4 optimizer=adamw",

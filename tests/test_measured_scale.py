@@ -1,7 +1,6 @@
 """measure_lr_scale: its equations, its oracle on a quadratic, and that it restores everything bit for bit."""
 
 import copy
-import inspect
 import math
 import random
 import statistics
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 import mlr_snet_scale
-from baselines.lr_finder import lightning_lr_finder
 from mlr_snet import MLRSNet, MLRSNetLR, lr_scale
 from mlr_snet_scale import RANGE_STEPS, guessed_scale, measure_lr_scale, run_over_trial, smoothed, usual_lr
 
@@ -165,11 +163,6 @@ def test_bad_numbers_of_classes_are_refused():
     for num_classes in (0, -1, 2.5):
         with pytest.raises(ValueError, match="num_classes"):
             measure_lr_scale(network, optimizer, noisy_loss(network, None), 100, num_classes=num_classes)
-
-
-def test_the_rival_takes_the_arguments_of_a_task():
-    ours, theirs = (inspect.signature(find).parameters for find in (measure_lr_scale, lightning_lr_finder))
-    assert [*theirs] == [name for name in ours if name != "budget"]
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(10, 180), (3600, 180), (20_000, 1000)])

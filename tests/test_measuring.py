@@ -50,16 +50,6 @@ def test_a_baseline_starts_at_the_measured_rate(tmp_path, capsys, modality):
     assert rates == pytest.approx([scale_of(tmp_path / "run")["scale"]] * 2)
 
 
-def test_a_baseline_starts_at_the_rate_of_lightnings_finder(tmp_path, capsys):
-    pytest.importorskip("lightning", reason="needs the package lightning")
-    done = call(capsys, META_TEST, *SHORT, "--schedule", "fixed", "--lr", "lightning", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    record = scale_of(tmp_path / "run")
-    assert [trial["kind"] for trial in record["trials"]] == ["range test"] and record["num_steps"] == 100
-    assert record["scale"] in record["trials"][0]["rates"]
-    assert float(results(tmp_path / "run")[0][1].split(",")[1]) == pytest.approx(record["scale"])
-
-
 def test_where_the_loss_falls_at_no_rate_a_guess_is_used_and_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mlr_snet_scale.CLEARLY", 1000)
     out = tmp_path / "run"
@@ -75,7 +65,7 @@ def test_where_the_loss_falls_at_no_rate_a_guess_is_used_and_said(tmp_path, caps
 
 
 @pytest.mark.parametrize(("num_classes", "perplexity", "clip"), [(10, False, None), (6397, True, 0.25)])
-def test_the_finder_is_told_the_clipping_and_the_classes_of_the_task(monkeypatch, num_classes, perplexity, clip):
+def test_measuring_is_told_the_clipping_and_the_classes_of_the_task(monkeypatch, num_classes, perplexity, clip):
     told = {}
     monkeypatch.setattr("training.measuring.TrainStream", lambda task, network: None)
 
@@ -84,7 +74,8 @@ def test_the_finder_is_told_the_clipping_and_the_classes_of_the_task(monkeypatch
         return MeasuredScale(0.1, [])
 
     task = SimpleNamespace(num_classes=num_classes, perplexity=perplexity, clip=clip, steps_per_epoch=7)
-    measure(SimpleNamespace(resume=False, num_epoch=3), task, nn.Linear(1, 1), None, find)
+    monkeypatch.setattr("training.measuring.measure_lr_scale", find)
+    measure(SimpleNamespace(resume=False, num_epoch=3), task, nn.Linear(1, 1), None)
     assert told == {"num_steps": 21, "max_norm": clip, "num_classes": num_classes, "perplexity": perplexity}
 
 

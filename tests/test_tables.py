@@ -185,7 +185,7 @@ def test_a_method_has_its_usual_rate_its_own_flags_and_no_momentum_that_is_not_f
     assert {name: value for name, value in found.items() if value is not None} == expected
 
 
-@pytest.mark.parametrize("name", ["untuned", "networks-measured", "full-size", "corruption", "label-noise", "sizes"])
+@pytest.mark.parametrize("name", ["untuned", "full-size", "corruption", "label-noise", "sizes"])
 def test_the_scripts_accept_every_run_of_a_table_at_home(tables, tmp_path, name):
     tables.check_cells(cells_of(TABLES[name], "desk", 1, [], {}))
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,10 +55,7 @@ def read(folder: Path) -> Measurement:
         raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
 
 
-def measure(
-    args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer,
-    find: Callable[..., MeasuredScale] = measure_lr_scale,
-) -> Measurement:
+def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer) -> Measurement:
     """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
 
     Where the loss falls at no rate, the scale is a guess, and a line says so. Raises ValueError for a loss that is not
@@ -70,7 +66,7 @@ def measure(
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
     try:
         with averaged_gradients(network):
-            result = find(
+            result = measure_lr_scale(
                 network, optimizer, TrainStream(task, network), num_steps, task.clip,
                 num_classes=task.num_classes, perplexity=task.perplexity,
             )

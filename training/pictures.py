@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mlr_snet_scale import MeasuredScale
 from utils import first_line, rank, write_atomically
 
-METRICS = {"acc": "accuracy (%)", "ppl": "perplexity", "r2": "explained (%)"}  # of a task -> its label
+METRICS = {"acc": "accuracy (%)", "r2": "explained (%)", "ppl": "perplexity"}  # of a task -> its label
 
 
 def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -70,6 +70,8 @@ def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
                 if name in rows[-1]:
                     panel.plot(*columns_of(rows, "epoch", name), style, label=title)
             panel.set(xlabel="epoch", ylabel=label)
+            if column == "r2":
+                panel.set_ylim(0, 100)  # an untrained network can explain −1000 %
             panel.legend(fontsize="small")
         panels[2].plot(*columns_of(rows, "epoch", "lr"), "k-")
         panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
