@@ -73,6 +73,7 @@ PLAIN = [  # rivals with their usual settings
     "fixed", "multistep", "exponential", *DECAYING, "sgdr", "onecycle", "plateau", "greedy", "hd", "rtho", "l4mom",
     "l4adam", "schedule-free", "warmup-cosine", "dadaptation",
 ]
+RECOMMENDED = "meta-test schedule=mlr-snet nets=recommended gamma=measured warmup=0.05 cooldown=0.2"
 FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (learning)": "meta-train",
     "MLR-SNet (learning, cool-down)": "meta-train cooldown=0.2",
@@ -80,23 +81,17 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (learning, average, cool-down)": "meta-train meta-point=average cooldown=0.2",
     "MLR-SNet (transferred)": "meta-test schedule=mlr-snet",
     "MLR-SNet (transferred, without momentum)": "meta-test schedule=mlr-snet momentum=0",  # as the authors' script
-    # Learned without momentum: 0.9 makes a step ten times as long, and γ starts at 0.67 for ten classes.
-    "MLR-SNet (transferred, gamma 0.067)": "meta-test schedule=mlr-snet gamma=0.067",
-    "MLR-SNet (recommended)": "meta-test schedule=mlr-snet nets=recommended gamma=measured warmup=0.05 "
-                              "cooldown=0.2",
-    "MLR-SNet (transferred, average net)": "meta-test schedule=mlr-snet nets=recommended",
+    "MLR-SNet (recommended)": RECOMMENDED,
+    "MLR-SNet (recommended, AdamW)": f"{RECOMMENDED} optimizer=adamw",
     **{name: f"meta-test schedule={name}" for name in PLAIN},
     **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
     CONSTANT: "meta-test schedule=cosine",
     **{name: f"meta-test schedule=cosine lr={peak:g}" for name, peak in GRID.items()},
-    "cosine 0.5": "meta-test schedule=cosine lr=0.5",
     "adam": "meta-test schedule=fixed optimizer=adam",
     "sgd+val": "meta-test schedule=val",
     "adam+val": "meta-test schedule=val optimizer=adam",
-    "hd-adam": "meta-test schedule=hd optimizer=adam",
     "schedule-free-adamw": "meta-test schedule=schedule-free optimizer=adamw",
     "schedule-free-radam": "meta-test schedule=schedule-free-radam optimizer=adamw",
-    "prodigy": "meta-test schedule=prodigy optimizer=adam",
     "prodigy-cosine": "meta-test schedule=prodigy-cosine optimizer=adamw",
 }
 METHODS = {name: Method(name, *_parsed(text)) for name, text in FLAGS.items()}

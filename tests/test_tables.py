@@ -232,7 +232,7 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "own", "--set", "seed=1"], "--set seed: use --seeds"),
     (["--table", "own", "--set", "out=x"], "--set out: use --out"),
     (["--table", "own", "--set", "resume="], "--set resume: leave it out"),
-    (["--table", "own", "--set", "lr=0.2"], "--set lr: the method 'cosine 0.5' sets it"),
+    (["--table", "sizes", "--set", "lr=0.2"], "--set lr: the method 'cosine (measured)' sets it"),
     (["--table", "own", "--set", "colour=red"], "unrecognized arguments: --colour red"),
     (["--table", "own", "--set", "batch-size=0"], "--batch_size: 0: must be at least 1"),
     (["--table", "own", "--set", "wd="], "--wd: expected one argument"),

@@ -10,6 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
 from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
 
-from mlr_snet import MLRSNet, load_schedules
+from mlr_snet import load_schedules
 from training.command_line import number, show_safely, user_errors
 from training.folder import provenance
 from training.pictures import save, subplots
@@ -55,12 +56,20 @@ class Problem:
         return fit + REGULARISER * 2 * w / (1 + w.square()).square()
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A shipped set of nets, and the share of the run over which the rate falls to 0 at its end."""
+
+    nets: str
+    cooldown: float = 0.0
+
+
 class Learned:
     """The nets that share a run, one for each part of it; every seed has an LSTM state of its own."""
 
-    def __init__(self, nets: list[MLRSNet], num_seeds: int):
-        self.nets, self.num_seeds = nets, num_seeds
-        self.steps = [torch.vmap(net) for net in nets]
+    def __init__(self, shipped: Shipped, num_seeds: int):
+        self.nets, self.cooldown, self.num_seeds = load_schedules(shipped.nets), shipped.cooldown, num_seeds
+        self.steps = [torch.vmap(net) for net in self.nets]
 
     @torch.no_grad()
     def __call__(self, step: int, num_steps: int, losses: Tensor) -> Tensor:
@@ -68,12 +77,15 @@ class Learned:
             self.states = self.nets[0].initial_state().expand(self.num_seeds, -1, -1, -1)
         phase = min(step * len(self.nets) // num_steps, len(self.nets) - 1)
         fractions, self.states = self.steps[phase](losses.float(), self.states)
-        return fractions.double()
+        remaining = 1 - step / num_steps
+        return fractions.double() * (min(1.0, remaining / self.cooldown) if self.cooldown else 1.0)
 
 
-SCHEDULES: dict[str, Rate | str] = {  # a rate, or the name of a shipped set of nets
-    "MLR-SNet (shipped nets)": "paper",
-    "MLR-SNet (average net)": "recommended",
+SCHEDULES: dict[str, Rate | Shipped] = {
+    "MLR-SNet (paper)": Shipped("paper"),
+    "MLR-SNet (paper, cool-down)": Shipped("paper", 0.2),
+    "MLR-SNet (recommended)": Shipped("recommended"),
+    "MLR-SNet (recommended, cool-down)": Shipped("recommended", 0.2),
     "cosine": lambda step, num_steps, losses: (1 + math.cos(math.pi * step / num_steps)) / 2,
     "1/sqrt(t)": lambda step, num_steps, losses: 1 / math.sqrt(step + 1),
     "fixed": lambda step, num_steps, losses: 1.0,
@@ -131,7 +143,7 @@ def write(folder: Path, lengths: list[int], results: dict[str, list[Tensor]], he
     contents, rows = [header], []
     for name, runs in results.items():
         slope, low, high = slope_with_interval(lengths, runs)
-        contents.append({"schedule": name, "is_ours": isinstance(SCHEDULES[name], str), "slope": slope, "low": low,
+        contents.append({"schedule": name, "is_ours": isinstance(SCHEDULES[name], Shipped), "slope": slope, "low": low,
                          "high": high})
         for length, run in zip(lengths, runs, strict=True):
             error = float(run[run.mean(1).argmin()].std() / math.sqrt(run.shape[1]))
@@ -197,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         results = {}
         for name, shape in SCHEDULES.items():
-            rate = Learned(load_schedules(shape), args.seeds) if isinstance(shape, str) else shape
+            rate = Learned(shape, args.seeds) if isinstance(shape, Shipped) else shape
             results[name] = [squared_norms(problem, rate, length, args.seeds) for length in lengths]
         write(folder, lengths, results, {"study": "convergence", **provenance(args), "command": command})
         render(folder)
