@@ -6,8 +6,8 @@ from studies.calibration_problems import PROBLEMS
 from writing import read_csv, read_jsonl
 
 
-def case(scores, **more):
-    return calibrate.Case(PROBLEMS[0], 100, scores, more.get("range_test", []), more.get("trials", {}))
+def case(scores, trials=None):
+    return calibrate.Case(PROBLEMS[0], 100, scores, 0.0, [], trials or {})
 
 
 def test_the_best_peak_is_the_vertex_through_the_lowest_score_and_its_neighbours():
@@ -23,6 +23,11 @@ def test_the_regret_of_a_rate_lies_between_those_of_the_peaks_beside_it_and_is_l
 def test_c_is_fitted_to_the_smallest_error():
     cases = [case({octave: abs(octave - 1) for octave in range(-2, 4)})]
     assert calibrate.fitted(calibrate.RULES["c per optimizer"], cases) == pytest.approx(1.0)
+
+
+def test_the_best_of_the_four_trials_about_the_guess_is_none_that_blew_up_or_is_far_from_it():
+    trials = {-3: [2.0, 1.5], -1: [2.0, 1.2], 0: [2.0, 0.1], 1: [2.0, 1.0], 2: [2.0, float("nan")]}
+    assert case({}, trials).trial_rate(0.0) == 1
 
 
 def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 import torch
 from writing import markdown, read_jsonl, write_csv, write_jsonl, write_page
 
-from mlr_snet_scale import RANGE_STEPS, UNTRAINED_STEPS, measure_lr_scale, smoothed
+from mlr_snet_scale import RANGE_STEPS, UNTRAINED_STEPS, guessed_scale, measure_lr_scale, smoothed
 from studies.calibration_problems import (
     FAMILY,
     OPTIMIZERS,
@@ -92,8 +92,14 @@ def final(problem: Problem, data: Data, seed: int, peak: float, num_steps: int) 
     return {"loss": round(loss, 4), "accuracy": round(accuracy, 2)}
 
 
-def trace(training: Training, rates: list[float], stream: int) -> dict[str, Any]:
-    return {"losses": training.run(rates, stream)}
+def trace(problem: Problem, training: Training, rates: list[float], stream: int, is_range: bool) -> dict[str, Any]:
+    """The losses of the steps, and of a range test the guess that its first ones give."""
+    losses = training.run(rates, stream)
+    if not is_range:
+        return {"losses": losses}
+    optimizer = OPTIMIZERS[problem.optimizer](training.network.parameters())
+    start = statistics.fmean(losses[:UNTRAINED_STEPS])
+    return {"losses": losses, "guess": guessed_scale(optimizer, start, training.data.num_outputs, problem.is_text)}
 
 
 def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str, Any]:
@@ -136,7 +142,8 @@ def run_traces(problem: Problem, data: Data, cache: Cache) -> None:
     for seed in range(TRACE_SEEDS):
         training = Training(problem, data, 100 + seed)
         for stream, (plan, rates) in enumerate(plans.items(), start=2):  # the streams of the recorded traces
-            cache.get((problem.name, *plan, seed), trace, training, rates, stream)
+            key = (problem.name, *plan, seed)
+            cache.get(key, trace, problem, training, rates, stream, plan[0] == "range")
 
 
 def run_measure(problem: Problem, data: Data, num_steps: int, cache: Cache) -> None:
@@ -156,6 +163,7 @@ class Case:
     problem: Problem
     num_steps: int
     scores: dict[int, float]  # of whole runs, by the peak in octaves; small is good
+    guess: float  # of the function
     range_test: list[float]  # losses
     trials: dict[int, list[float]]  # losses of cosines over 15 steps, by the peak in octaves
 
@@ -178,43 +186,31 @@ class Case:
         trained = smoothed(self.range_test)[UNTRAINED_STEPS:]
         return math.log2(sweep(1e-3, 1e2)[UNTRAINED_STEPS + trained.index(min(trained))])
 
-    def three_trials(self, c: float) -> list[int]:
-        """The trials nearest to usual / c, to the rate of the range test, and to their middle."""
-        wanted = (-c, (self.range_rate - c) / 2, self.range_rate)
-        return [min(self.trials, key=partial(_distance, place)) for place in wanted]
+    def trial_rate(self, c: float) -> float:
+        """The best peak of the recorded trials nearest to those of the function, guess / c times 1/6, 1/2, 3/2, 9/2."""
+        wanted = [self.guess - c + math.log2(ratio) for ratio in (1 / 6, 1 / 2, 3 / 2, 9 / 2)]
+        nearest = [min(self.trials, key=lambda octave: abs(octave - place)) for place in wanted]
+        return float(min(dict.fromkeys(nearest), key=self.final_loss))
 
     def final_loss(self, peak: int) -> float:
+        """The mean loss of the second half of a trial; infinite if it blew up."""
         losses = self.trials[peak]
-        return statistics.fmean(losses[-5:]) if math.isfinite(losses[-1]) else math.inf
+        return statistics.fmean(losses[len(losses) // 2 :]) if math.isfinite(losses[-1]) else math.inf
 
 
-def _distance(one: float, other: float) -> float:
-    return abs(one - other)
-
-
-def between(case: Case, c: float) -> float:
-    """c · the best of three cosine trials, from usual / c to the rate of the range test."""
-    rate, high = min(set(case.three_trials(c)), key=case.final_loss) + c, case.range_rate + c
-    return min(max(rate, min(0.0, high)), max(0.0, high))
-
-
-def weighted_by_noise(case: Case, c: float) -> float:
-    """The mean of the three trials of between, weighted by how clearly the noise of the batches tells them apart."""
-    peaks = case.three_trials(c)
-    losses = [case.final_loss(peak) for peak in peaks]
-    error = statistics.pstdev(case.range_test[:UNTRAINED_STEPS]) * math.sqrt(2 / 5)
-    weights = [math.exp((min(losses) - loss) / (2 * error)) if math.isfinite(loss) else 0.0 for loss in losses]
-    return sum(weight * peak for weight, peak in zip(weights, peaks, strict=True)) / (sum(weights) or 1) + c
+def median_of_three(case: Case, c: float) -> float:
+    """The function's rule."""
+    return statistics.median((case.guess, case.range_rate + c, case.trial_rate(c) + c))
 
 
 RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
     "the usual rate": lambda case, c: 0.0,
     "c per optimizer": lambda case, c: c,
+    "the guess": lambda case, c: case.guess,
     "c · range test": lambda case, c: case.range_rate + c,
-    "c · trials": lambda case, c: min(case.trials, key=case.final_loss) + c,
-    "c · best of three trials between usual and c · range test": between,
-    "the function's: mean of the three, weighted by loss and noise, and its c":
-        lambda case, c: weighted_by_noise(case, math.log2(case.problem.factor)),
+    "c · best of four trials about the guess": lambda case, c: case.trial_rate(c) + c,
+    "the function's: median of the guess and these two, with its c":
+        lambda case, c: median_of_three(case, math.log2(case.problem.factor)),
 }
 PER_OPTIMIZER = "c per optimizer"  # whose c is fitted on the problems of the optimizer only
 
@@ -263,7 +259,8 @@ def collect(cache: Cache) -> list[Case]:
             for test in own["range"]:
                 trials = {row["octave"]: row["losses"] for row in own["trial"] if row["seed"] == test["seed"]}
                 if trials.keys() == set(OCTAVES):
-                    cases.append(Case(problem, num_steps, scores, test["losses"], trials))
+                    guess = math.log2(test["guess"] / problem.usual)
+                    cases.append(Case(problem, num_steps, scores, guess, test["losses"], trials))
     return cases
 
 
@@ -314,7 +311,7 @@ def render(folder: Path) -> None:
     families: dict[str, list[Case]] = {}
     for case in cases:
         families.setdefault(FAMILY[case.problem.optimizer], []).append(case)
-    fits = [f"{2 ** fitted(weighted_by_noise, some):.2f} ({family})" for family, some in families.items()]
+    fits = [f"{2 ** fitted(median_of_three, some):.2f} ({family})" for family, some in families.items()]
     body = [
         f"{len({name for name, _ in targets})} problems, {len(targets)} with their run lengths, against the best "
         "cosine peak of a grid. Regret in points of accuracy, and in % of perplexity. [table.csv](table.csv) has every "
@@ -326,7 +323,7 @@ def render(folder: Path) -> None:
         f"On the traces of {len(cases)} problems, lengths and seeds, with trials a factor of 2 apart; c is fitted on "
         "all other problems.", "",
         *markdown([["rule", *COLUMNS], *([name, *quality(estimates_of(name, cases))] for name in RULES)]),
-        f"c of the weighted mean that fits all problems of an optimizer best: {', '.join(sorted(fits))}.", "",
+        f"c of the median that fits all problems of an optimizer best: {', '.join(sorted(fits))}.", "",
     ]
     title, question = "Calibration of the measured LR scale", "How near does measuring come to the best peak rate?"
     write_page(folder, title, question, cache.header["command"], body, [cache.header])
