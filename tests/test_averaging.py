@@ -75,6 +75,7 @@ def reference(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_an_average_resumes_to_the_same_end(reference, tmp_path):
     kill_and_resume(AVERAGED, tmp_path / "killed", signal.SIGKILL)
     same(results(reference), results(tmp_path / "killed"))

@@ -60,14 +60,13 @@ def stopped_and_resumed(words, folder, ranks):
 
 
 # From three ranks on a sum depends on its order, and so on how the gradients are grouped.
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     [*TRAIN, "--batch-size", "66", "--num-epoch", "8", "--gamma", "0.3"],
-    *[pytest.param(words, marks=pytest.mark.slow) for words in (
-        ["--network", "lstm2", "--dataset", "pydoc", "--embed-size", "16", "--batch-size", "6", "--limit-train", "6000",
-         "--limit-test", "700", "--num-epoch", "6", "--t-val", "5", "--device", "cpu"],
-        [*TRAIN, "--network", "nasnet", "--image-size", "8", "--limit-train", "12", "--limit-test", "20",
-         "--batch-size", "6", "--num-meta", "20", "--gamma", "0.3"],
-    )],
+    ["--network", "lstm2", "--dataset", "pydoc", "--embed-size", "16", "--batch-size", "6", "--limit-train", "6000",
+     "--limit-test", "700", "--num-epoch", "6", "--t-val", "5", "--device", "cpu"],
+    [*TRAIN, "--network", "nasnet", "--image-size", "8", "--limit-train", "12", "--limit-test", "20",
+     "--batch-size", "6", "--num-meta", "20", "--gamma", "0.3"],
 ], ids=["images", "text", "unused weights"])
 def test_three_ranks_that_are_stopped_end_as_unbroken_ones(words, tmp_path):
     whole, stopped = stopped_and_resumed(words, tmp_path, ranks=3)
@@ -187,11 +186,10 @@ def test_an_error_that_only_the_second_rank_has_is_printed(tmp_path):
 
 
 def test_a_user_error_under_torchrun_is_printed_once(tmp_path):
-    for words, message in ((["--wd", "nan"], "argument --wd"), (["--limit-train", "9000"], "--limit-train 9000")):
-        process = start(META_TRAIN, *TRAIN, *words, "--out", tmp_path / "run")
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode != 0 and output.count(message) == 1, output
-        assert not (tmp_path / "run").exists()
+    process = start(META_TRAIN, *TRAIN, "--limit-train", "9000", "--out", tmp_path / "run")
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode != 0 and output.count("--limit-train 9000") == 1, output
+    assert not (tmp_path / "run").exists()
 
 
 def wait_for(path, timeout=120):

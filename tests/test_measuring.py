@@ -95,6 +95,7 @@ def test_resume_does_not_measure_again(tmp_path, capsys, monkeypatch):
     assert done.returncode == 2 and "lr_scale.json" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_the_scale_of_one_process(tmp_path):
     """A language model without dropout: no BatchNorm statistics that differ between the ranks."""
     arguments = [*TEXT, "--num-epoch", "1", "--limit-train", "4000", "--dropout", "0", "--gamma", "measured"]

@@ -133,9 +133,10 @@ def test_losses_accuracies_and_gradients_of_the_parts_add_up_to_those_of_the_bat
 
 
 @pytest.mark.parametrize("words", [
-    [META_TEST, "--schedule", "rtho", "--num-meta", "32"], [META_TEST, "--schedule", "cosine", "--lr", "measured"],
-    [META_TRAIN, "--num-meta", "32", "--t-val", "2"],
-], ids=["rtho", "measured", "learning"])
+    pytest.param([META_TEST, "--schedule", "cosine", "--lr", "measured"], marks=pytest.mark.slow, id="measured"),
+    pytest.param([META_TEST, "--schedule", "rtho", "--num-meta", "32"], id="rtho"),
+    pytest.param([META_TRAIN, "--num-meta", "32", "--t-val", "2"], id="learning"),
+])
 def test_a_network_without_batchnorm_trains_as_with_whole_batches(capsys, tmp_path, words):
     script, *words = words
     rows = []
@@ -147,6 +148,7 @@ def test_a_network_without_batchnorm_trains_as_with_whole_batches(capsys, tmp_pa
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_regression_in_micro_batches_resumes_to_the_same_end(capsys, tmp_path):
     words = [*SIZES, *REGRESSION["angle"], "--accumulate", "3", "--num-meta", "64", "--t-val", "2"]
     assert call(capsys, META_TRAIN, *words, "--out", tmp_path / "whole").returncode == 0

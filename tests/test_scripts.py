@@ -20,7 +20,7 @@ META_TRAIN, META_TEST = ROOT / "meta-train" / "meta-train.py", ROOT / "meta-test
 SMALL = ["--network", "resnet8", "--dataset", "digits", "--limit-train", "256", "--limit-test", "60",
          "--batch-size", "64", "--num-epoch", "3", "--device", "cpu"]
 TEXT = ["--network", "lstm2", "--dataset", "pydoc", "--embed-size", "64", "--dropout", "0.1", "--batch-size", "4",
-        "--limit-train", "40000", "--num-epoch", "3", "--device", "cpu"]
+        "--limit-train", "20000", "--num-epoch", "3", "--device", "cpu"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the nets are small, and the cores may be busy
 TRAIN = [*SMALL, "--num-meta", "100", "--t-val", "2", "--momentum", "0.5"]
 
@@ -97,7 +97,7 @@ def kill_and_resume(arguments, out, kill, environment=ONE_THREAD):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_end(reference, tmp_path, kill):
     kill_and_resume(TRAIN, tmp_path / "killed", kill)
     same(results(reference), results(tmp_path / "killed"))
@@ -116,7 +116,7 @@ def test_meta_training_on_text_ends_well_below_a_unigram_model_and_moves_the_rat
     counts = data.train[1:].bincount(minlength=len(data.vocabulary)).double() + 1
     unigram = (-(counts / counts.sum()).log()[data.test[1:]].mean()).exp().item()
     rows = list(csv.DictReader((language / "metrics.csv").open()))
-    assert float(rows[-1]["test_ppl"]) < 0.6 * unigram
+    assert float(rows[-1]["test_ppl"]) < 0.8 * unigram
     rates = [float(row["lr"]) for row in rows]
     assert max(rates) > 1.2 * min(rates)
 
@@ -166,7 +166,7 @@ def test_torch_hub_gives_the_scheduler_and_the_net():
 
 
 def test_a_run_that_tests_every_second_epoch_leaves_the_others_empty_and_resumes(tmp_path, capsys):
-    words = [*SMALL[:-4], "--num-epoch", "5", "--device", "cpu", "--num-meta", "100", "--t-val", "2", "--average"]
+    words = [*SMALL[:-4], "--num-epoch", "3", "--device", "cpu", "--num-meta", "100", "--t-val", "2", "--average"]
     assert call(capsys, META_TRAIN, *words, "--out", tmp_path / "each").returncode == 0
     assert call(capsys, META_TRAIN, *words, "--test-every", "2", "--out", tmp_path / "some").returncode == 0
     kill_and_resume([*words, "--test-every", "2"], tmp_path / "killed", signal.SIGKILL)
@@ -174,6 +174,6 @@ def test_a_run_that_tests_every_second_epoch_leaves_the_others_empty_and_resumes
                           for name in ("each", "some", "killed"))
     tested = ("test_loss", "test_acc", "test_acc_average")
     for number, (whole, row, resumed) in enumerate(zip(each, some, killed, strict=True), 1):
-        expected = {name: "" if name in tested and number in (1, 3) else whole[name] for name in whole}
+        expected = {name: "" if name in tested and number == 1 else whole[name] for name in whole}
         assert row | {"seconds": ""} == resumed | {"seconds": ""} == expected | {"seconds": ""}
     assert (tmp_path / "some" / "run.png").stat().st_size > 5_000

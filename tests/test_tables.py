@@ -96,6 +96,7 @@ def without_time_and_memory(path):
             for row in read_csv(path)]
 
 
+@pytest.mark.slow
 def test_a_table_killed_and_started_again_gives_the_same_csv(tmp_path):
     arguments = ["--seeds", "1", "--only", "fixed"]
     left_alone = start("epochs", tmp_path / "whole", *arguments)
@@ -353,6 +354,7 @@ def test_slurm_options_reach_the_batch_script(tmp_path, monkeypatch):
         assert f"#SBATCH {line}" in lines
 
 
+@pytest.mark.slow
 def test_a_job_near_its_time_limit_stops_at_a_checkpoint_and_a_new_one_resumes(tmp_path):
     pytest.importorskip("submitit")
     arguments = ["--table", "cifar10-resnet", "--preset", "smoke", "--seeds", "1", "--only", "fixed"]
