@@ -146,6 +146,15 @@ def blocks_of_the_readme():
     return [part.split("```")[0] for part in section.split("```python\n")[1:]]
 
 
+def test_the_numbers_and_the_lines_of_lightning_in_the_readme_are_those_of_the_pages():
+    text, page = (ROOT / "README.md").read_text(), (ROOT / "tables/results/untuned-desk/README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.split("|---|---|---|---|---|\n")[1].splitlines()[:6]]
+    regrets = {row[0]: row[1:3] + row[4:6] for row in (line.strip("| ").split(" | ") for line in page.splitlines())}
+    assert rows == [[row[0], *regrets[row[0]]] for row in rows]
+    added = [line[1:] for line in (ROOT / "integrations/README.md").read_text().splitlines() if line.startswith("+")]
+    assert set(text.split("In Lightning:\n```python\n")[1].split("\n```")[0].splitlines()) <= set(added)
+
+
 @pytest.mark.parametrize("kind", ["use", "learn"])
 def test_the_loops_in_the_readme_are_bit_identical_to_that_of_the_scripts(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)  # the last example saves a file
