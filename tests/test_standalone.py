@@ -83,11 +83,6 @@ def project(tmp_path):
     return tmp_path
 
 
-def test_a_lone_copy_uses_and_learns_a_schedule_with_torch_alone(tmp_path):
-    shutil.copy(ROOT / "mlr_snet.py", tmp_path)
-    run_in(tmp_path, USE_AND_LEARN)
-
-
 def test_a_copy_works_beside_foreign_modules_of_the_same_names(project):
     shutil.copy(ROOT / "mlr_snet.py", project)
     run_in(project, FOREIGN + USE_AND_LEARN)
