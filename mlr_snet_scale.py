@@ -245,7 +245,8 @@ def smoothed(losses: list[float]) -> list[float]:
     total = weight = 0.0
     for loss in losses:
         total, weight = 0.8 * total + 0.2 * loss, 0.8 * weight + 0.2
-        limit = 0.8 * min(means, default=start) + 0.2 * start + 3 * noise
+        lowest = min([start, *means[UNTRAINED_STEPS:]])  # not the first means, which are of few batches
+        limit = 0.8 * lowest + 0.2 * start + 3 * noise
         if not math.isfinite(total) or (len(means) > UNTRAINED_STEPS and total / weight > limit):
             break
         means.append(total / weight)

@@ -51,6 +51,12 @@ def test_lower_peaks_are_tried_and_the_guess_falls_where_the_lowest_peak_blows_u
     assert expected_scale(measured, 0.5 / 27, 0.7) == pytest.approx(measured.scale)
 
 
+def test_a_first_batch_that_is_easier_than_the_others_does_not_end_a_range_test():
+    losses = [2.2718, 2.2969, 2.2999, 2.2964, 2.3093, 2.2988, 2.3104, 2.2995, 2.3086, 2.3031, 2.2955, 2.2964, 2.2948,
+              2.2941, 2.3001, 2.2980, 2.2976, 2.2903, 2.2969, 2.3004, 2.2907, 2.3005, 2.2914, 2.2984]  # of a real one
+    assert len(smoothed(losses)) == len(losses)
+
+
 def test_a_range_test_ends_once_it_has_blown_up_and_leaves_its_steps_to_the_cosines():
     range_test, *cosines = Quadratic(50.0, noise=0.1).measure().trials
     steps, last = len(range_test.rates), smoothed(range_test.losses)
