@@ -676,6 +676,9 @@ class MLRSNetLR:
     def _check_nets(self) -> None:
         if not self.nets:
             raise ValueError("no nets: give at least one MLR-SNet")
+        if not all(isinstance(net, MLRSNet) for net in self.nets):
+            kinds = ", ".join(sorted({type(net).__name__ for net in self.nets}))
+            raise TypeError(f"nets hold {kinds}: give MLRSNets; load_schedules([\"schedule.pth\"]) reads them")
         if len({(net.hidden_size, net.num_layers) for net in self.nets}) > 1:
             sizes = ", ".join(f"{net.hidden_size} x {net.num_layers}" for net in self.nets)
             raise ValueError(f"nets of different sizes ({sizes}) cannot share a run, since the LSTM state carries over")
@@ -745,7 +748,9 @@ class MLRSNetLR:
                 "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
                 "it: call step(loss) between backward() and optimizer.step()", stacklevel=4,
             )
-        elif self.phase < 0 and not self.steps_taken and self.optimizer.state:
+        elif self.phase < 0 and not self.steps_taken and any(
+            state.get("step", 1) > 0 for state in self.optimizer.state.values()  # Adagrad's begins with 0
+        ):
             warnings.warn(
                 "the optimizer has trained before, and this schedule starts at its first step: in a resumed run load "
                 "the schedule's state_dict(), too", stacklevel=4,

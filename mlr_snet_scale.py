@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -57,7 +57,7 @@ class MeasuredScale:
     """The peak rate that measure_lr_scale chose, everything it tried, and why the rate is a guess, where it is one."""
 
     scale: float  # the peak rate: where a decaying schedule starts
-    trials: list[Trial]
+    trials: list[Trial] = field(repr=False)  # long
     refusal: str = ""
 
     @property

@@ -1,6 +1,6 @@
 """Regret: how far a method ends behind the best cosine of a grid of peak rates, on many problems, without tuning.
 
-    images  regret = accuracy of the best cosine − accuracy, in points
+    images  regret = accuracy of the best cosine − accuracy, in points; for regression, of explained variance
     text    regret = 100 · (perplexity / perplexity of the best cosine − 1), in %
 
 At the last epoch, seed against the same seed of the cosine. The best cosine is picked by its live weights on the test
@@ -48,9 +48,10 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
     return [
         f"Regret over {len(peaks)} problems, of the live weights:", "", *markdown(_rows(summaries, highlight)),
         *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
-        "Regret is in points behind the best of a grid of cosines, or per cent of its perplexity; the best is picked "
-        "on test data. Brackets hold 95 % of the means over resampled problems and seeds. Steps are forward passes "
-        "for each step of the run, so that 1.10 means a tenth more than training. "
+        "Regret is in points of accuracy, for regression of explained variance, behind the best of a grid of cosines, "
+        "or per cent of its perplexity; the best is picked on test data. Brackets hold 95 % of the means over "
+        "resampled problems and seeds. Steps are forward passes for each step of the run, so that 1.10 means a tenth "
+        "more than training. "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
         "every result.", "",
         *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",

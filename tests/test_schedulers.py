@@ -644,6 +644,18 @@ def test_a_state_that_was_not_loaded_is_warned_of(kind):
         MLRSNetLR(optimizer, "paper", 8, gamma=0.1).step(1.0)
 
 
+def test_a_state_that_an_optimizer_is_born_with_is_no_training(recwarn):
+    optimizer = torch.optim.Adagrad([nn.Parameter(torch.zeros(1))], lr=0.1)
+    MLRSNetLR(optimizer, MLRSNet(), 10, gamma=0.1).step(1.0)
+    assert not recwarn.list
+
+
+def test_weights_in_place_of_a_net_are_named():
+    weights = MLRSNet().state_dict()
+    with pytest.raises(TypeError, match="nets hold str: give MLRSNets"):
+        MLRSNetLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), weights, 10, gamma=0.1)
+
+
 def test_a_guessed_scale_warns_where_it_is_read():
     network = nn.Linear(4, 4)
     measured = measure_lr_scale(
