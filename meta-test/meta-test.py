@@ -26,7 +26,7 @@ from training.trainer import Trainer
 from utils import build_optimizer
 
 EXAMPLES = """\
-  python meta-test/meta-test.py --network resnet20 --dataset digits --num-epoch 20 \\
+  python meta-test/meta-test.py --network resnet20 --dataset digits --num-meta 200 --num-epoch 20 \\
     --nets meta-train/result/resnet8_digits
   python meta-test/meta-test.py --network shufflenetv2 --dataset cifar10 --schedule cosine --lr 0.5"""
 
