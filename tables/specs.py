@@ -89,8 +89,7 @@ ROBUST = [*STEERED, "MLR-SNet (recommended)", "fixed", "multistep", "cosine", "c
 
 DESK = "num-epoch=30 limit-train=10000 limit-test=5000"
 SMALL = "image-size=16 limit-test=2000"  # at full size so few steps fit hardly any data
-MEMORISED = (f"network=resnet8 dataset=cifar10 {SMALL} num-meta=200 limit-train=1000 batch-size=32 num-epoch=60 "
-             "test-every=3")
+FEW = f"network=resnet8 dataset=cifar10 {SMALL} num-meta=200 limit-train=1000 batch-size=32 num-epoch=60 test-every=3"
 TEXT_DESK = "num-epoch=8 embed-size=128 dropout=0.2 limit-train=100000"
 SMALL_LEARNING = f"dataset=folder {SMALL} limit-train=4000 num-epoch=20 average="
 UNTUNED_IMAGES = "dataset=folder limit-test=1000 average= test-every=4"
@@ -102,9 +101,7 @@ TABLES: dict[str, Table] = {
         title="A first look: handwritten digits",
         question="Does a schedule that is given no rate reach what a cosine from the usual one reaches?",
         methods=[LEARNING[-1], "MLR-SNet (recommended)", "cosine"],
-        presets=dict.fromkeys(
-            ("paper", "desk"), lines("network=resnet8 dataset=digits num-epoch=15 num-meta=200")
-        ),
+        presets=dict.fromkeys(("paper", "desk"), lines("network=resnet8 dataset=digits num-epoch=15 num-meta=200")),
     ),
     "cifar10-resnet": Table(
         title="Meta-train stage on CIFAR-10",
@@ -225,7 +222,7 @@ TABLES: dict[str, Table] = {
         presets={
             "paper": lines("network=resnet dataset=cifar10-c num-epoch=200 num-meta=100 severity=5",
                            flag("corruption", "gaussian_noise", "fog", "contrast", "jpeg_compression")),
-            "desk": lines(f"{MEMORISED} severity=5", flag("corruption", "gaussian_noise", "contrast")),
+            "desk": lines(f"{FEW} severity=5", flag("corruption", "gaussian_noise", "contrast")),
         },
         named_by=("corruption",),
     ),
@@ -235,7 +232,7 @@ TABLES: dict[str, Table] = {
         methods=ROBUST,
         presets={
             "paper": lines("network=resnet dataset=cifar10 num-epoch=200", *NOISES),
-            "desk": lines(f"{MEMORISED} label-noise=0.4", flag("noise-kind", "uniform", "flip")),
+            "desk": lines(f"{FEW} label-noise=0.4", flag("noise-kind", "uniform", "flip")),
         },
         named_by=("label-noise", "noise-kind"),
     ),

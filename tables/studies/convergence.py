@@ -10,7 +10,6 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,32 +55,28 @@ class Problem:
         return fit + REGULARISER * 2 * w / (1 + w.square()).square()
 
 
-@dataclass(frozen=True)
 class Shipped:
-    """A shipped set of nets, and the share of the run over which the rate falls to 0 at its end."""
+    """A shipped set of nets that share a run, and the share of it over which the rate falls to 0 at the end.
 
-    nets: str
-    cooldown: float = 0.0
+    Every seed has an LSTM state of its own.
+    """
 
-
-class Learned:
-    """The nets that share a run, one for each part of it; every seed has an LSTM state of its own."""
-
-    def __init__(self, shipped: Shipped, num_seeds: int):
-        self.nets, self.cooldown, self.num_seeds = load_schedules(shipped.nets), shipped.cooldown, num_seeds
-        self.steps = [torch.vmap(net) for net in self.nets]
+    def __init__(self, name: str, cooldown: float = 0.0):
+        self.name, self.cooldown = name, cooldown
 
     @torch.no_grad()
     def __call__(self, step: int, num_steps: int, losses: Tensor) -> Tensor:
         if step == 0:
-            self.states = self.nets[0].initial_state().expand(self.num_seeds, -1, -1, -1)
-        phase = min(step * len(self.nets) // num_steps, len(self.nets) - 1)
+            nets = load_schedules(self.name)
+            self.steps = [torch.vmap(net) for net in nets]
+            self.states = nets[0].initial_state().expand(len(losses), -1, -1, -1)
+        phase = min(step * len(self.steps) // num_steps, len(self.steps) - 1)
         fractions, self.states = self.steps[phase](losses.float(), self.states)
         remaining = 1 - step / num_steps
         return fractions.double() * (min(1.0, remaining / self.cooldown) if self.cooldown else 1.0)
 
 
-SCHEDULES: dict[str, Rate | Shipped] = {
+SCHEDULES: dict[str, Rate] = {
     "MLR-SNet (paper)": Shipped("paper"),
     "MLR-SNet (paper, cool-down)": Shipped("paper", 0.2),
     "MLR-SNet (recommended)": Shipped("recommended"),
@@ -208,8 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         folder.mkdir(parents=True, exist_ok=True)
         results = {}
-        for name, shape in SCHEDULES.items():
-            rate = Learned(shape, args.seeds) if isinstance(shape, Shipped) else shape
+        for name, rate in SCHEDULES.items():
             results[name] = [squared_norms(problem, rate, length, args.seeds) for length in lengths]
         write(folder, lengths, results, {"study": "convergence", **provenance(args), "command": command})
         render(folder)
