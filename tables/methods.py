@@ -84,7 +84,7 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (recommended)": RECOMMENDED,
     "MLR-SNet (recommended, AdamW)": f"{RECOMMENDED} optimizer=adamw",
     **{name: f"meta-test schedule={name}" for name in PLAIN},
-    **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("fixed", "multistep", *DECAYING)},
+    **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("multistep", *DECAYING)},
     CONSTANT: "meta-test schedule=cosine",
     **{name: f"meta-test schedule=cosine lr={peak:g}" for name, peak in GRID.items()},
     "adam": "meta-test schedule=fixed optimizer=adam",
