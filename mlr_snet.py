@@ -848,7 +848,8 @@ class MetaMLRSNetLR(MLRSNetLR):
             raise TypeError("a module has sparse gradients, which are not supported; build it with sparse=False")
         self.t_val = max(1, num_steps // 80) if t_val is None else _check_count("t_val", t_val)
         if self.t_val > num_steps:
-            raise ValueError(f"t_val {t_val}, num_steps {num_steps}: nothing would be learned; lower t_val")
+            advice = f"lower t_val; {max(1, num_steps // 80)} makes about 80 updates"
+            raise ValueError(f"t_val {t_val}, num_steps {num_steps}: nothing would be learned; {advice}")
         if meta_point not in ("lookahead", "average"):
             raise ValueError(f"meta_point {meta_point!r}: choose 'lookahead' or 'average'")
         self.network, self.meta_loss = network, meta_loss

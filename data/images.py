@@ -185,6 +185,11 @@ class ImageTask:
         size, images = data.image_size, min(batch_size, len(self.train_indices))
         check_memory(4 * 3 * size**2 * images, f"{images} images of {size}×{size} pixels in a batch")
 
+    def in_words(self) -> str:
+        """How many images there are, such as "1,238 training, 200 held-out and 359 test images"."""
+        sizes = [len(indices) for indices in (self.train_indices, self.meta_indices, self.test_indices)]
+        return "{:,} training, {:,} held-out and {:,} test images".format(*sizes)
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify images, labels and split indices; the same on every rank."""
         digest = hashlib.sha256()

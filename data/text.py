@@ -230,7 +230,12 @@ class TextTask:
         self.num_classes = self.num_outputs = len(data.vocabulary)
         self.autocast = autocast
         self.steps_per_epoch = self.train.num_pieces
+        self.sizes = [len(split) - 1 for split in splits.values()]
         self._fingerprint = _fingerprint(list(splits.values()), data.vocabulary)
+
+    def in_words(self) -> str:
+        """How many tokens there are."""
+        return "{:,} training, {:,} validation and {:,} test tokens of {:,} kinds".format(*self.sizes, self.num_classes)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the tokens of the splits and the vocabulary; the same on every rank."""

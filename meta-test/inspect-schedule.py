@@ -130,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with user_errors():
+    with user_errors(args):
         files = net_files(args.nets)
         nets = load_schedules(files)
         names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:{width}}   {fractions[0]:9.3f}   {fractions[-1]:12.3f}   {least:8.3f}   {most:7.3f}")
     share = reaction(nets, run, args)
     print(f"along the run: learning rate from {run.rates[0]:.4g} to {run.rates[-1]:.4g}")
-    print(f"reaction to the loss: {100 * share:.1f} % of the variance of log(fraction); the rest is the change of nets")
+    print(f"reaction to the loss: {100 * share:.1f} % of the variance of log(fraction); the rest is settling and the "
+          "change of nets")
     print(f"picture: {args.out}")
     return 0
 

@@ -163,17 +163,20 @@ class Race:
         threads = max(1, (os.cpu_count() or 1) // jobs)  # processes that compete for the cores are far slower
         self._prepare(threads)
         with ThreadPoolExecutor(jobs) as pool:
-            self._follow([pool.submit(run) for run in self.runs])
+            self._follow({pool.submit(run): run for run in self.runs})
 
     def run_on(self, executor: Any, threads: int) -> None:
         """The same as jobs of submitit's executor, one for every run, with so many CPU threads each."""
         self._prepare(threads)
+        jobs: dict[Any, CellRun] = {}
         for run in self.runs:
             if not self.stopped and not run.is_done:
-                self.jobs.append(executor.submit(run))
+                job = executor.submit(run)
+                self.jobs.append(job)
+                jobs[job] = run
         if self.stopped:  # while a job was being submitted
             self._stop()
-        self._follow(self.jobs)
+        self._follow(jobs)
 
     def _prepare(self, threads: int) -> None:
         """Describe each run once, and let signals stop them."""
@@ -182,17 +185,23 @@ class Race:
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
 
-    def _follow(self, jobs: list[Any]) -> None:
-        """Show the progress until all jobs have ended. The first that cannot run stops the others."""
+    def _follow(self, jobs: dict[Any, CellRun]) -> None:
+        """Show the progress until all jobs have ended: a bar, or without a terminal a line for every run that ends.
+
+        The first that cannot run stops the others.
+        """
         bar = tqdm(total=sum(cell.num_epochs for cell in self.cells), unit="epoch", disable=None)
         failure, polls = "", 0
         while jobs:
             for job in [job for job in jobs if job.done()]:
-                jobs = [other for other in jobs if other is not job]
-                if not self.stopped:
-                    failure = self._failure_of(job)
-                    if failure:
-                        self._stop()
+                run = jobs.pop(job)
+                if self.stopped:
+                    continue
+                failure = self._failure_of(job)
+                if failure:
+                    self._stop()
+                elif bar.disable:
+                    print(f"{len(self.runs) - len(jobs)} of {len(self.runs)} runs: {run.name}", file=sys.stderr)
             if polls % 50 == 0:  # reading all metrics takes time that the runs need
                 bar.update(sum(len(rows_of(self.folder / cell.name)) for cell in self.cells) - bar.n)
             polls += 1

@@ -311,7 +311,7 @@ TABLES: dict[str, Table] = {
         methods=STAGE,
         presets={
             "paper": lines("network=resnet dataset=folder num-epoch=200"),
-            "desk": lines(f"network=resnet8 dataset=folder {DESK}"),
+            "desk": lines("network=resnet8 dataset=folder num-epoch=30"),
         },
         own_data=True,
     ),

@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: desk)")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
     add("--only", nargs="+", choices=METHODS, metavar="METHOD", default=[],
-        help=f"some of {', '.join(METHODS)} (default: the table's)")
+        help=f"some of {', '.join(METHODS)}, which the page then shows alone (default: the table's)")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
         "image-root=DIR text-root=DIR give images and text their own")
@@ -112,7 +112,8 @@ def parse_words(words: list[str]) -> dict[str, str]:
 
 def parse_overrides(words: list[str]) -> dict[str, str]:
     """The words of --set as a dictionary. ValueError for one that is malformed, a duplicate or not for --set."""
-    overrides = parse_words([word.removeprefix("--") for word in words])
+    given = parse_words([word.removeprefix("--") for word in words])
+    overrides = {flag.replace("_", "-"): value for flag, value in given.items()}
     for flag in overrides:
         if flag in NOT_FOR_SET:
             raise ValueError(f"{flag}: {NOT_FOR_SET[flag]}")

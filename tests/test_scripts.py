@@ -150,6 +150,14 @@ def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path, 
     assert "step 2" in done.stderr and "1e+30" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_run_says_what_it_trains_on_and_warns_where_a_short_one_raises_gamma(tmp_path, capsys):
+    words = ["--network", "resnet20", "--dataset", "digits", "--num-meta", "100", "--device", "cpu"]
+    done = call(capsys, META_TEST, *words, "--num-epoch", "1", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "1,337 training, 100 held-out and 360 test images; 11 steps an epoch" in done.stdout
+    assert "gamma has risen from" in done.stderr
+
+
 def test_torch_hub_gives_the_scheduler_and_the_net():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = torch.hub.load(str(ROOT), "mlr_snet_lr", optimizer, 6, num_classes=10, source="local")

@@ -73,16 +73,18 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
         "lstm2)")
     add("--embed-size", "--embed_size", type=positive, metavar="N",
         help="width of a language model's embedding and hidden layers (default: 512)")
-    add("--dropout", type=number(float, 0, 1), metavar="RATE", help="dropout of a language model (default: 0.5)")
+    add("--dropout", type=number(float, 0, 1, below=True), metavar="RATE",
+        help="dropout of a language model (default: 0.5)")
     add("--clip", type=number(float, 0, above=True), metavar="NORM",
         help="largest norm of the gradient, for text (default: 0.25)")
     add("--init", type=Path, metavar="FILE", help="start from a run's network.pth (default: random weights)")
     add("--optimizer", "--optim", choices=["sgd", "adam", "adamw"], default="sgd", metavar="NAME",
         help="sgd, adam or adamw (default: sgd)")
-    add("--momentum", type=number(float, 0, 1), default=0.0, metavar="RHO", help="momentum of SGD (default: 0)")
+    add("--momentum", type=number(float, 0, 1, below=True), default=0.0, metavar="RHO",
+        help="momentum of SGD (default: 0)")
     add("--wd", type=number(float, 0), metavar="WD", help="weight decay (default: images 5e-4, text 5e-6)")
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
-    add("--average-decay", type=number_or(number(float, 0, 0.9999999), "auto"), metavar="RATE",
+    add("--average-decay", type=number_or(number(float, 0, 1, below=True), "auto"), metavar="RATE",
         help="decay of the average per step; auto averages over a twentieth of the run (default: auto)")
     for flag in AUTHORS:
         add(flag, action=Refused, dest=f"authors {flag}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -188,7 +190,8 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
     for name in given - {"resume", "out", "data_root"}:
         if plain(getattr(args, name)) != plain(getattr(resumed, name)):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--resume continues with the run's own {flag} {stored[name]}; leave {flag} out")
+            own = flag if stored[name] is None else f"{flag} {stored[name]}"
+            raise ValueError(f"--resume continues with the run's own {own}; leave {flag} out")
     resumed.out, resumed.resume, resumed.script = args.out, True, args.script
     if "data_root" in given:  # the data may have moved: the checkpoint knows their fingerprint
         resumed.data_root = args.data_root
@@ -260,8 +263,13 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
     if len(nets) == 1 and str(nets[0]) in SHIPPED:
         return str(nets[0])
     paths = [Path(net) for net in nets]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"nets {path}: no such file; give .pth files, a run's folder or {' or '.join(SHIPPED)}")
     if len(paths) > 1 or not paths[0].is_dir():
         return paths
+    if not (paths[0] / "args.json").exists():
+        raise ValueError(f"nets {paths[0]}: holds no run of meta-train.py; give .pth files")
     num_epochs = read_record(paths[0]).get("num_epoch")
     if not isinstance(num_epochs, int):
         raise ValueError(f"{paths[0] / 'args.json'} names no number of epochs; give .pth files")

@@ -21,11 +21,13 @@ from utils import all_gather, first_line, rank, world_size
 SECONDS_TO_END = 10  # that torchrun has to end the other ranks when one has ended
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` in [low, high], or (low, high] with `above`."""
+def number(
+    kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` in [low, high]; `above` leaves out low, `below` high."""
     limits = f"{'above' if above else 'at least'} {low:g}"
     if high < math.inf:
-        limits += f", at most {high}"
+        limits += f", {'below' if below else 'at most'} {high}"
 
     def parse(text: str) -> Any:
         try:
@@ -33,7 +35,7 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
             is_finite = math.isfinite(value)
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}") from None
-        if not is_finite or value < low or value > high or (above and value == low):
+        if not is_finite or value < low or value > high or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return value
 

@@ -38,7 +38,8 @@ class Measurement:
 
     def write(self, folder: Path) -> None:
         """lr_scale.json and lr_scale.png. Rank 0 writes."""
-        content = {"scale": self.result.scale, "num_steps": self.result.num_steps, "seconds": self.seconds,
+        content = {"scale": self.result.scale, "gamma": 2 * self.result.scale,
+                   "num_steps": self.result.num_steps, "seconds": self.seconds,
                    "refusal": self.result.refusal, "trials": [asdict(trial) for trial in self.result.trials]}
         write_atomically(folder / FILE, json.dumps(content, indent=1).encode())
         draw_scale(folder / "lr_scale.png", self.result)

@@ -89,12 +89,13 @@ def draw_scale(path: Path, measured: MeasuredScale) -> None:
 
     def draw() -> Any:
         range_test, *cosines = measured.trials
-        kind = "guessed scale" if measured.refusal else "measured scale"
+        kind = "guessed" if measured.refusal else "measured"
+        label = f"{kind} peak {measured.scale:.3g} (γ {2 * measured.scale:.3g})"
         start = sum(range_test.losses[:20]) / 20
         figure, panels = subplots(1, 2 if cosines else 1, 4.5, 3.6)
         left, right = panels[0, 0], panels[0, -1]
         left.plot(range_test.rates, range_test.losses, color="0.6", linewidth=1, label="training loss")
-        left.axvline(measured.scale, color="k", linestyle="--", label=f"{kind} {measured.scale:.3g}")
+        left.axvline(measured.scale, color="k", linestyle="--", label=label)
         left.set(xscale="log", ylim=(0, 1.6 * start), xlabel="learning rate", ylabel="training loss",
                  title="LR range test")
         for trial in cosines:

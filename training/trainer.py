@@ -172,6 +172,8 @@ class Trainer:
         if self.step == self.num_steps:
             self._say(f"{self.args.out}: the run is complete")
         if self.saved_step is None:
+            length = f"{self.task.steps_per_epoch} steps an epoch"
+            self._say(f"{self.args.network} on {self.args.dataset}: {self.task.in_words()}; {length}")
             write_atomically(self.args.out / "args.json", json.dumps(provenance(self.args), indent=1).encode())
             if self.measurement:
                 self.measurement.write(self.args.out)
@@ -253,10 +255,16 @@ class Trainer:
 
     def _tell_gamma(self) -> None:
         """Print and log γ where a schedule has set it anew."""
-        gamma = getattr(self.schedule, "gamma", math.nan)
-        if gamma != self.gamma and not math.isnan(gamma):
-            self.gamma = gamma
-            self.log.gamma(self.step, gamma)
+        gamma, before = getattr(self.schedule, "gamma", math.nan), self.gamma
+        if gamma == before or math.isnan(gamma):
+            return
+        self.gamma = gamma
+        self.log.gamma(self.step, gamma)
+        if before and gamma > 1.5 * before:
+            self._say(
+                f"warning: gamma has risen from {before:.3g}, since the loss in eval mode has. In a short run "
+                "BatchNorm's statistics lag behind; a number for --gamma stays", file=sys.stderr,
+            )
 
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
