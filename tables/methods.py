@@ -1,4 +1,7 @@
-"""The methods that the tables race. To add one, add a line: its name, its script and the flags that make it."""
+"""The methods that the tables race: every rival with its usual settings, and more.
+
+To add one, add a line: its name, its script and the flags that make it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,10 +72,10 @@ GRID = {f"cosine {peak}": float(peak) for peaks in GRIDS.values() for peak in pe
 DECAYING = ["cosine", "linear", "wsd"]  # raced from the usual and from the measured rate
 MEASURED = [f"{name} (measured)" for name in DECAYING]
 CONSTANT = "cosine (constant)"  # from one rate per optimizer, which cells.py sets
-PLAIN = [  # rivals with their usual settings
-    "fixed", "multistep", "exponential", *DECAYING, "sgdr", "onecycle", "plateau", "greedy", "hd", "rtho", "l4mom",
-    "l4adam", "schedule-free", "warmup-cosine", "dadaptation",
-]
+PLAIN = {
+    name: f"meta-test schedule={name}" + ("" if "sgd" in rival.usual_lr else " optimizer=adamw")
+    for name, rival in SCHEDULES.items() if name != "val"  # named by its optimizer below
+}
 RECOMMENDED = "meta-test schedule=mlr-snet nets=recommended gamma=measured warmup=0.05 cooldown=0.2"
 FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (learning)": "meta-train",
@@ -83,7 +86,7 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "MLR-SNet (transferred, without momentum)": "meta-test schedule=mlr-snet momentum=0",  # as the authors' script
     "MLR-SNet (recommended)": RECOMMENDED,
     "MLR-SNet (recommended, AdamW)": f"{RECOMMENDED} optimizer=adamw",
-    **{name: f"meta-test schedule={name}" for name in PLAIN},
+    **PLAIN,
     **{f"{name} (measured)": f"meta-test schedule={name} lr=measured" for name in ("multistep", *DECAYING)},
     CONSTANT: "meta-test schedule=cosine",
     **{name: f"meta-test schedule=cosine lr={peak:g}" for name, peak in GRID.items()},
@@ -91,7 +94,5 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "sgd+val": "meta-test schedule=val",
     "adam+val": "meta-test schedule=val optimizer=adam",
     "schedule-free-adamw": "meta-test schedule=schedule-free optimizer=adamw",
-    "schedule-free-radam": "meta-test schedule=schedule-free-radam optimizer=adamw",
-    "prodigy-cosine": "meta-test schedule=prodigy-cosine optimizer=adamw",
 }
 METHODS = {name: Method(name, *_parsed(text)) for name, text in FLAGS.items()}

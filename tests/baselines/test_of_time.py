@@ -1,5 +1,8 @@
 """The functions of the time, against torch's own."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from torch.optim import lr_scheduler
 from baselines import SCHEDULES
 from baselines.of_time import ClosedForm
 
+ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS = 75, 4
 
 
@@ -76,4 +80,10 @@ def test_a_function_of_the_time_stays_between_0_and_the_initial_rate_in_the_shor
         assert 0 < schedule.get_last_lr()[0] <= 0.1
 
 
-# ---------------------------------------------------------------------------------------------- rates from losses
+
+def test_the_rival_of_the_readme_is_a_class_and_a_line(monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "meta-test" / "README.md").read_text(), re.DOTALL)
+    names = {"ClosedForm": ClosedForm}
+    exec(block, names)
+    monkeypatch.setitem(SCHEDULES, "halving", names["Halving"])
+    assert rates("halving")[:: EPOCHS * STEPS // 10][:3] == [0.1, 0.05, 0.025]
