@@ -80,7 +80,6 @@ def test_a_function_of_the_time_stays_between_0_and_the_initial_rate_in_the_shor
         assert 0 < schedule.get_last_lr()[0] <= 0.1
 
 
-
 def test_the_rival_of_the_readme_is_a_class_and_a_line(monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "meta-test" / "README.md").read_text(), re.DOTALL)
     names = {"ClosedForm": ClosedForm}
