@@ -21,6 +21,8 @@ COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_
            "train_clean_acc_std", "target", "reached", "steps_to_target", "seconds_to_target", "seconds", *COSTS,
            "relative_seconds", *(f"relative_{name}" for name in COSTS)]
 
+STEPS = "Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training."
+
 
 def summarise(runs: Sequence[Run], target: float | None) -> list[Record]:
     """One record for every line and method. Without a target, it is the mean last result of fixed (text: sgd+val)."""
@@ -82,6 +84,8 @@ def _results(done: list[Run], epochs: int) -> Record:
         for name in COSTS:  # the passes of the epochs that count
             shares = [epochs / len(run.rows) if name.endswith("_passes") else 1.0 for run in done]
             results[name] = statistics.mean(run.cost[name] * share for run, share in zip(done, shares, strict=True))
+        num_passes = epochs * results["steps_per_epoch"] * results["passes_per_step"]
+        results["relative_steps"] = results["forward_passes"] / num_passes  # measuring and learning included
     return results
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from drawing import COLOURS, style_of
 from methods import GRID
-from records import LOW_IS_GOOD, Record, leading, spread
+from records import LOW_IS_GOOD, STEPS, Record, leading, spread
 from runs import Run
 from writing import MOST_ROWS, markdown, write_csv
 
@@ -50,8 +50,7 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
         *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
         "Regret is in points of accuracy, for regression of explained variance, behind the best of a grid of cosines, "
         "or per cent of its perplexity; the best is picked on test data. Brackets hold 95 % of the means over "
-        "resampled problems and seeds. Steps are forward passes for each step of the run, so that 1.10 means a tenth "
-        "more than training. "
+        f"resampled problems and seeds. {STEPS} "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
         "every result.", "",
         *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",
@@ -95,10 +94,8 @@ def regrets_of(records: list[Record]) -> list[Record]:
                 continue
             if _has_finished(record):
                 by_seed = _by_seed(record, mark, weights)
-                passes = record["epochs"] * record["steps_per_epoch"] * record["passes_per_step"]
-                steps = record["forward_passes"] / passes
                 found = {"result": record[column], "regret": statistics.mean(by_seed), "by_seed": by_seed,
-                         "relative_steps": steps}
+                         "relative_steps": record["relative_steps"]}
             else:
                 found = {"result": None, "regret": math.inf, "by_seed": [math.inf], "relative_steps": None}
             regrets.append(regret | {"weights": weights} | found)

@@ -1,11 +1,12 @@
 """What a result's folder shows: table.csv, pictures and its page, all computed from runs.jsonl and metrics.csv."""
 
 import importlib
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import draw
-from records import COLUMNS, Record, leading, places_of, spread, summarise, unit_of
+from records import COLUMNS, STEPS, Record, leading, places_of, spread, summarise, unit_of
 from regret import regret_of
 from runs import read
 from specs import TABLES, Table
@@ -63,6 +64,8 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
                 heading = f"{unit_of(records).capitalize()} {weights}:"
                 lines += [heading, "", *markdown(_side_by_side(records, methods, name, published))]
         beside.append("all best epochs and costs")
+        if _any_has(records, "relative_steps"):
+            notes.append(STEPS)
     if _any_has(records, "last_std"):
         notes.append("A ± is the standard deviation over the seeds.")
     if any(published.get(group) for group in groups):
@@ -74,10 +77,10 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
 
 
 def _side_by_side(records: list[Record], methods: list[str], name: str, published: Published) -> list[list[str]]:
-    """Rows of one result of every method on every line."""
+    """Rows of one result of every method on every line, and what it cost on average."""
     groups = {record["group"]: record for record in records}
     same_problem = len({record["problem"] for record in records}) == 1
-    rows = [["method", *(record["detail"] if same_problem else group for group, record in groups.items())]]
+    rows = [["method", *(record["detail"] if same_problem else group for group, record in groups.items()), "steps"]]
     for method in methods:
         row = [method]
         for group in groups:
@@ -85,7 +88,9 @@ def _side_by_side(records: list[Record], methods: list[str], name: str, publishe
             number = published.get(group, {}).get(method) if name == "last" else None
             text = spread(found[0], name) + _diverged(found[0]) if found else "–"
             row.append(f"{text} (paper: {number})" if number else text)
-        rows.append(row)
+        costs = [record["relative_steps"] for record in records
+                 if record["method"] == method and "relative_steps" in record]
+        rows.append([*row, f"{statistics.mean(costs):.2f}" if costs else "–"])
     return rows
 
 
