@@ -858,6 +858,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             self.average = Average(network, Average.decay_for(num_steps) if average_decay is None else average_decay)
         # Fused, so that an update that is not finite is skipped without waiting for an accelerator.
         self.adam = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.adam.found_inf = torch.zeros((), device=self.state.device)  # type: ignore[attr-defined]
         self.is_checked = False  # whether the reach of the first lookahead has been
 
     def averaged_weights(self) -> Any:
@@ -886,7 +887,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             ).to(fraction)
             self.adam.zero_grad()
             (slope * scale * fraction).backward()
-        self.adam.found_inf = (~slope.isfinite()).float()  # type: ignore[attr-defined]
+        self.adam.found_inf.copy_(~slope.isfinite())  # type: ignore[attr-defined]
         self.adam.step()
 
     def _check_reach(self, lr: float | Tensor) -> None:

@@ -71,6 +71,43 @@ def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatc
     assert all(0 < float(step.lr) < 1 and torch.is_tensor(step.loss) for step in taken)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tensors_of_a_steady_step_keep_their_storage(kind, monkeypatch):
+    monkeypatch.setattr(mlr_snet, "on_host", torch.Tensor.detach)  # as if the tensors lay on an accelerator
+    task = digits()
+    built = network, optimizer, schedule = parts(kind, task, fused=True)
+    steps = loop(built, task)
+    for _ in range(3):
+        next(steps)
+    before = storages(network.state_dict(), vars(optimizer), vars(schedule))
+    for _ in range(3):
+        next(steps)
+    assert storages(network.state_dict(), vars(optimizer), vars(schedule)) == before
+    assert kind == "cosine" or torch.is_tensor(optimizer.param_groups[0]["lr"])
+
+
+def storages(*tables):
+    """Where each tensor in the tables, and in what they hold, keeps its numbers."""
+    places = {}
+
+    def visit(value, name):
+        if isinstance(value, torch.Tensor):
+            places[name] = value.data_ptr()
+        elif isinstance(value, (torch.nn.Module, torch.optim.Optimizer, Average)):
+            visit(vars(value), name)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f"{name}.{id(key) if isinstance(key, torch.Tensor) else key}")
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                visit(item, f"{name}.{index}")
+
+    elsewhere = ("lr_set", "optimizer", "network")  # copies of the rates, and what another table holds
+    for number, table in enumerate(tables):
+        visit({name: value for name, value in table.items() if name not in elsewhere}, number)
+    return places
+
+
 def loop(built, task):
     """The scripts' loop over two epochs."""
     network, optimizer, schedule = built
