@@ -35,6 +35,8 @@ def render(folder: Path) -> None:
         body = _tables(records, read_toml("published.toml").get(header["table"], {}), highlight)
         draw(folder / "table.png", records, highlight)
         body += ["![Training loss, test result and learning rate against epochs](table.png)", ""]
+    if "--preset smoke" in header["command"]:
+        body.append("**A smoke: it shows that the table runs, and says nothing of its methods.**")
     body += [f"Seeds: {', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}.", ""]
     write_page(folder, table.title, table.question, header["command"], body, [vars(run) for run in runs])
 

@@ -77,7 +77,8 @@ def check(name, out, image_folder, every):
     assert all(float(row["last_mean"]) > 0 for row in rows if float(row["finished"]))
     picture = "regret.png" if TABLES[name].has_regret else "table.png"
     assert (folder / picture).stat().st_size > 5_000
-    assert "Commit" in (folder / "README.md").read_text()
+    assert "A smoke: it shows that the table runs" in (folder / "README.md").read_text()
+    assert f"1 of {len(cells)} runs: {cells[0].name.split('_')[0]}" in output  # without a terminal, a line for each
 
 
 # --slow runs the smoke of every table, with all its methods.
