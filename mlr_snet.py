@@ -138,7 +138,7 @@ def load_schedules(nets: str | Sequence[str | Path] = "recommended") -> list[MLR
     if not isinstance(nets, str):
         return [load_schedule(path) for path in nets]
     if nets not in SHIPPED:
-        raise ValueError(f"nets {nets!r}: give a list of .pth files, or one of {', '.join(SHIPPED)}")
+        raise ValueError(f"nets {nets!r}: give load_schedules([{nets!r}]) for a file, or one of {', '.join(SHIPPED)}")
     here = Path(__file__).resolve().parent
     folder = here / "mlr_snet_nets"  # where the wheel puts them
     if not folder.is_dir():
@@ -432,7 +432,10 @@ def hypergradient(
         weights = stack.enter_context(lookahead(network, update, lr, rest, average))
         stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
         stack.enter_context(torch.enable_grad())
-        loss = meta_loss()
+        try:
+            loss = meta_loss()
+        except StopIteration:
+            raise RuntimeError("meta_loss has no more batches: start its loader over where it ends") from None
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise TypeError(f"meta_loss returned {loss!r}: give the 0-d loss of the network, with its graph")
         for parameter in driven:
@@ -539,7 +542,8 @@ class MLRSNetLR:
         self.lr_set: list[float | Tensor] = []
         self.level: float | None = None  # as read by prepare()
         self.handle: RemovableHandle | None = None  # of attach()
-        self.was_stepped = False  # whether the optimizer has taken a step before the schedule's first
+        self.num_checks = 0  # of the order of the calls
+        self.was_stepped = False  # whether the optimizer has taken a step since the last check
         self.watch = self.optimizer.register_step_post_hook(lambda *_: setattr(self, "was_stepped", True))
 
     def prepare(self) -> None:
@@ -591,12 +595,7 @@ class MLRSNetLR:
         done = self.steps_taken / self.num_steps
         num_warmup = round(self.warmup * self.num_steps)
         rise = min(1.0, (self.steps_taken + 1) / (num_warmup + 1))  # never 0, which would waste a step
-        if not self.cooldown:
-            return rise
-        if self.steps_taken == self.num_steps:
-            over = f"the planned {self.num_steps} optimizer steps (not epochs or micro-batches) are over"
-            warnings.warn(f"{over}: the cool-down ends at rate 0", stacklevel=5)
-        return min(rise, max(0.0, (1 - done) / self.cooldown))
+        return min(rise, max(0.0, (1 - done) / self.cooldown)) if self.cooldown else rise
 
     def _learn(self, loss: Tensor) -> None:
         """Where MetaMLRSNetLR moves θ, before the rate is set."""
@@ -742,19 +741,42 @@ class MLRSNetLR:
             self.ratios.append(float(group["lr"]) / present[0] if is_driven else None)
 
     def _check_order(self) -> None:
-        self.watch.remove()
+        """Warn of a step past the planned ones, and where the first two show that the loop is out of order."""
+        warning = ""
+        if self.steps_taken == self.num_steps:
+            end = "the cool-down ends at rate 0" if self.cooldown else "the last net goes on"
+            warning = f"the planned {self.num_steps} optimizer steps (not epochs or micro-batches) are over: {end}"
+        if self.num_checks < 2:
+            warning = self._disorder() or warning
+            self.num_checks, self.was_stepped = self.num_checks + 1, False
+        if warning:
+            warnings.warn(warning, stacklevel=4)
+
+    def _disorder(self) -> str:
+        """What is wrong with the order of the calls; nothing where it seems right."""
+        if self.num_checks:
+            self.watch.remove()
+            return "" if self.was_stepped else (
+                "step(loss) came twice without optimizer.step() in between: call it once for every update, under "
+                "accumulation with the mean over the micro-batches"
+            )
         if self.was_stepped and not self.steps_taken:
-            warnings.warn(
+            return (
                 "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
-                "it: call step(loss) between backward() and optimizer.step()", stacklevel=4,
+                "it: call step(loss) between backward() and optimizer.step()"
             )
-        elif self.phase < 0 and not self.steps_taken and any(
-            state.get("step", 1) > 0 for state in self.optimizer.state.values()  # Adagrad's begins with 0
-        ):
-            warnings.warn(
+        if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
+            return (
+                "no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
+                "schedule the optimizer of the network that trains"
+            )
+        steps = [state.get("step", 1) for state in self.optimizer.state.values()]  # Adagrad's begins with 0
+        if self.phase < 0 and not self.steps_taken and any(step > 0 for step in steps):
+            return (
                 "the optimizer has trained before, and this schedule starts at its first step: in a resumed run load "
-                "the schedule's state_dict(), too", stacklevel=4,
+                "the schedule's state_dict(), too"
             )
+        return ""
 
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
         """The loss as a 0-d tensor on the state's device, the mean over the ranks."""

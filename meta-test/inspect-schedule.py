@@ -46,13 +46,16 @@ def settled_fractions(net: MLRSNet, losses: Tensor) -> Tensor:
 
 def follow(nets: list[MLRSNet], losses: Tensor, args: argparse.Namespace) -> Run:
     """The schedule along a run with these losses, one per step (steps,)."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
     schedule = MLRSNetLR(
         optimizer, nets, len(losses), num_classes=args.num_classes, perplexity=args.perplexity, gamma=args.gamma
     )
     fractions, rates = [], []
     for loss in losses:
         schedule.step(loss)
+        optimizer.step()
         rates.append(float(schedule.get_last_lr()[0]))
         fractions.append(rates[-1] / schedule.gamma)
     return Run(losses, torch.tensor(fractions), torch.tensor(rates))

@@ -79,7 +79,7 @@ TOGETHER = [
 ]
 FILES = [  # RUN: a finished run of meta-train; BAD: a folder of damaged files
     (META_TEST, ["--nets", "/etc/passwd"], "/etc/passwd"), (META_TEST, ["--nets", "missing.pth"], "no such file"),
-    (META_TEST, ["--nets", "."], "no run of meta-train.py"),
+    (META_TEST, ["--nets", "."], "no nets of meta-train.py"),
     (META_TEST, ["--nets", "recomended"], "recommended or paper"),
     (META_TEST, ["--nets", "RUN/checkpoint.pth"], "not an MLR-SNet"),
     (META_TEST, ["--nets", "RUN/network.pth"], "not an MLR-SNet"),

@@ -93,6 +93,14 @@ def test_past_the_end_of_a_cool_down_the_rate_is_0_and_said_once():
     assert len(caught) == 1
 
 
+def test_past_the_planned_steps_a_schedule_without_a_cool_down_goes_on_and_says_so():
+    schedule = MLRSNetLR(one_weight_sgd(), load_schedules(), 5, gamma=1.0)
+    rates(schedule, [2.0] * 5)
+    with pytest.warns(UserWarning, match="not epochs or micro-batches.* are over: the last net goes on") as caught:
+        assert all(rate > 0 for rate in rates(schedule, [2.0] * 3))
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("options", [
     {"warmup": 0.6, "cooldown": 0.6}, {"warmup": -0.1}, {"cooldown": 1.5}, {"changes": [3, 2]}, {"changes": [2]},
     {"groups": [1]}, {"groups": []}, {"gamma": -1.0}, {"gamma": "fast"}, {"gamma": math.nan}, {"gamma": True},
@@ -499,6 +507,34 @@ def test_a_step_before_the_first_rate_is_warned_of(kind):
         schedule.step(1.0)
 
 
+def test_a_call_for_every_micro_batch_is_warned_of_once():
+    network = small_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    schedule = MLRSNetLR(optimizer, "paper", 80, gamma=0.1)
+    with pytest.warns(UserWarning, match="came twice without optimizer.step()") as caught:
+        for _ in range(2):
+            for batch in range(4):
+                (loss_on(network, batch) / 4).backward()
+                schedule.step(1.0)
+            optimizer.step()
+    assert len(caught) == 1
+
+
+def test_the_optimizer_of_another_network_is_warned_of():
+    schedule = MLRSNetLR(SGD(small_network().parameters(), lr=0.1), "paper", 8, gamma=0.1)
+    loss_on(small_network(), 0).backward()
+    with pytest.warns(UserWarning, match="the optimizer of the network that trains"):
+        schedule.step(1.0)
+
+
+def test_meta_batches_that_end_are_named():
+    network, optimizer = trained(lambda p: SGD(p, lr=0.1))
+    batches = iter([])
+    schedule = meta_schedule(network, optimizer, lambda: loss_on(network, next(batches)), gamma=0.1)
+    with pytest.raises(RuntimeError, match="meta_loss has no more batches: start its loader over"):
+        schedule.step(1.0)
+
+
 def test_attach_and_step_together_are_refused():
     network = small_network()
     optimizer = SGD(network.parameters(), lr=0.1)
@@ -645,7 +681,9 @@ def test_a_state_that_was_not_loaded_is_warned_of(kind):
 
 
 def test_a_state_that_an_optimizer_is_born_with_is_no_training(recwarn):
-    optimizer = torch.optim.Adagrad([nn.Parameter(torch.zeros(1))], lr=0.1)
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    optimizer = torch.optim.Adagrad([weight], lr=0.1)
     MLRSNetLR(optimizer, MLRSNet(), 10, gamma=0.1).step(1.0)
     assert not recwarn.list
 
