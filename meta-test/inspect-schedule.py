@@ -127,7 +127,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--perplexity", action="store_true", help="the losses are a language model's")
     add("--gamma", type=number_or(number(float, 0, above=True), "auto"), default="auto",
         help="LR scale: a number, or auto for the paper's formula (default: auto)")
-    add("--out", type=Path, default=Path("inspect-schedule.png"), help="the picture (default: inspect-schedule.png)")
+    add("--out", type=Path, default=SCRIPT.parent / "result" / "inspect-schedule.png", metavar="FILE",
+        help="the picture (default: result/inspect-schedule.png beside this script)")
     return parser.parse_args(argv)
 
 
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             losses = decaying_losses(first, last, args.num_epoch, args.steps_per_epoch)
         run = follow(nets, losses, args)
         settled = [settled_fractions(net, LOSSES) for net in nets]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         draw(args.out, names, settled, run, args)
     width = max(map(len, names))
     print(f"{'settled fraction of γ':{width}}   at loss 4   at loss 0.01   smallest   largest")
@@ -151,8 +153,11 @@ def main(argv: list[str] | None = None) -> int:
         least, most = fractions.min(), fractions.max()
         print(f"{name:{width}}   {fractions[0]:9.3f}   {fractions[-1]:12.3f}   {least:8.3f}   {most:7.3f}")
     share = reaction(nets, run, args)
-    print(f"along the run: learning rate from {run.rates[0]:.4g} to {run.rates[-1]:.4g}")
-    print(f"reaction to the loss: {100 * share:.1f} % of the variance of log(fraction); the rest is settling and the "
+    gammas = run.rates / run.fractions
+    first, last = (f"{run.fractions[place]:.3f} · {gammas[place]:.3g} = {run.rates[place]:.4g}" for place in (0, -1))
+    print(f"along the run: fraction · γ = learning rate: first {first}, last {last}")
+    print(f"the fraction moves between {run.fractions.min():.3f} and {run.fractions.max():.3f}")
+    print(f"reaction to the loss: {100 * share:.1f} % of the variance of its logarithm; the rest is settling and the "
           "change of nets")
     print(f"picture: {args.out}")
     return 0

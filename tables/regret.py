@@ -45,6 +45,10 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
         f"The measured rate is within a factor of 2 of the grid's best peak on {shares[0]} of {len(near)} problems, "
         f"and within 3 on {shares[1]} ([peaks.csv](peaks.csv))."
     )
+    num_ends = len([peak for peak in peaks if peak.get("is_end_of_grid")])
+    ends = ""
+    if num_ends:
+        ends = f" On {num_ends} problems the best peak is an end of its grid: a wider one may hold a better."
     return [
         f"Regret over {len(peaks)} problems, of the live weights:", "", *markdown(_rows(summaries, highlight)),
         *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
@@ -52,7 +56,7 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
         "or per cent of its perplexity; the best is picked on test data. Brackets hold 95 % of the means over "
         f"resampled problems and seeds. {STEPS} "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
-        "every result.", "",
+        f"every result.{ends}", "",
         *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",
     ]
 

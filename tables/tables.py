@@ -188,6 +188,7 @@ def run_table(args: argparse.Namespace, command: str) -> int:
     check_cells(cells)
     with FolderLock(out):
         (out / "runs").mkdir(exist_ok=True)
+        _tell_replaced(out, cells)
         race = Race(cells, out / "runs")
         if args.slurm:
             race.run_on(build_executor(out / "jobs", args.slurm_options), threads_of(args.slurm_options))
@@ -203,9 +204,20 @@ def run_table(args: argparse.Namespace, command: str) -> int:
             _, runs = read(out)
             write_html(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
     print((out / "README.md").read_text())
+    print(f"written to {out}")
     if args.open:
         webbrowser.open((out / "table.html").as_uri())
     return 0
+
+
+def _tell_replaced(out: Path, cells: list[Cell]) -> None:
+    """Say so where the folder holds a result with other runs, whose page this one replaces."""
+    if not (out / "runs.jsonl").exists():
+        return
+    header, runs = read(out)
+    if {run.name for run in runs} - {cell.name for cell in cells}:
+        print(f"replacing the page of {header['command']} (its runs stay, so that it is quickly written again; --out "
+              "keeps both)", file=sys.stderr)
 
 
 if __name__ == "__main__":

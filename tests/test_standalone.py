@@ -137,7 +137,7 @@ def network_and_optimizer():
 
 def blocks_of_the_readme():
     """The Python of the section on a loop of one's own: using and learning."""
-    section = (ROOT / "README.md").read_text().split("## In your own loop")[1].split("In your trainer")[0]
+    section = (ROOT / "README.md").read_text().split("## In your own loop")[1].split("In [Hugging Face")[0]
     return [part.split("```")[0] for part in section.split("```python\n")[1:]]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,16 @@ def check(name, out, image_folder, every):
     assert (folder / picture).stat().st_size > 5_000
     assert "A smoke: it shows that the table runs" in (folder / "README.md").read_text()
     assert f"1 of {len(cells)} runs: {cells[0].name.split('_')[0]}" in output  # without a terminal, a line for each
+
+
+def test_a_page_whose_runs_another_command_leaves_out_is_told(tables, tmp_path, capsys):
+    for name in ("runs.jsonl", "metrics.csv"):
+        shutil.copy(ROOT / "tables" / "results" / "first-desk" / name, tmp_path)
+    cells = cells_of(TABLES["first"], "desk", 3, [], {})
+    tables._tell_replaced(tmp_path, cells)
+    assert not capsys.readouterr().err
+    tables._tell_replaced(tmp_path, cells[:2])
+    assert "replacing the page of python tables/tables.py --table first" in capsys.readouterr().err
 
 
 # --slow runs the smoke of every table, with all its methods.
