@@ -82,7 +82,7 @@ def _side_by_side(records: list[Record], methods: list[str], name: str, publishe
     """Rows of one result of every method on every line, and what it cost on average."""
     groups = {record["group"]: record for record in records}
     same_problem = len({record["problem"] for record in records}) == 1
-    rows = [["method", *(record["detail"] if same_problem else group for group, record in groups.items()), "steps"]]
+    rows = [["method", *(record["detail" if same_problem else "title"] for record in groups.values()), "steps"]]
     for method in methods:
         row = [method]
         for group in groups:

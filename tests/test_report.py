@@ -153,7 +153,7 @@ def test_the_lines_of_a_table_stand_side_by_side_with_the_papers_numbers(tmp_pat
     runs = [run_of("fixed", 0, accuracies(40, last), network=network, dataset="cifar10")
             for network, last in (("shufflenetv2", 50), ("nasnet", 60))]
     page = result_of(tmp_path, runs, table="networks")
-    assert "| method | shufflenetv2 cifar10 | nasnet cifar10 |" in page
+    assert "| method | ShuffleNetV2 on CIFAR-10 | NASNet on CIFAR-10 | steps |" in page
     assert "| fixed | 50.00 (paper: ~87.0) | 60.00 (paper: ~87.2) |" in page
 
 
