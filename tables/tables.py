@@ -189,6 +189,7 @@ def run_table(args: argparse.Namespace, command: str) -> int:
     with FolderLock(out):
         (out / "runs").mkdir(exist_ok=True)
         _tell_replaced(out, cells)
+        print(f"runs in {out}: {len(cells)}", file=sys.stderr)
         race = Race(cells, out / "runs")
         if args.slurm:
             race.run_on(build_executor(out / "jobs", args.slurm_options), threads_of(args.slurm_options))
@@ -204,7 +205,6 @@ def run_table(args: argparse.Namespace, command: str) -> int:
             _, runs = read(out)
             write_html(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
     print((out / "README.md").read_text())
-    print(f"written to {out}")
     if args.open:
         webbrowser.open((out / "table.html").as_uri())
     return 0

@@ -324,6 +324,7 @@ def test_a_table_restarted_after_kill_9_waits_for_the_cell_that_still_runs(tmp_p
     os.kill(pid, signal.SIGSTOP)  # so that it still runs when the second table looks
     begun = (run / "args.json").stat().st_mtime_ns
     second = start(*arguments)
+    assert second.stdout.readline() == f"runs in {runs.parent}: 1\n"
     assert f"waiting: {run} is in use by process {pid} " in second.stdout.readline()
     os.kill(pid, signal.SIGCONT)
     output = second.communicate(timeout=120)[0]

@@ -88,6 +88,8 @@ def chosen_gamma(
     gamma = args.gamma
     if gamma == "auto":
         gamma = "paper" if has_paper_scale(optimizer) and task.num_classes else "measured"
+    if gamma == "paper" and not has_paper_scale(optimizer) and rank() == 0:
+        print("warning: the paper's gamma was made for SGD without momentum; measured fits others", file=sys.stderr)
     if gamma != "measured":
         return gamma, None
     measurement = measure(args, task, network, optimizer)
