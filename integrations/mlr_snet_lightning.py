@@ -65,7 +65,7 @@ class MLRSNetCallback(Callback):
                 "between manual_backward() and optimizer.step()"
             )
         if trainer.lr_scheduler_configs:
-            raise ValueError("configure_optimizers returns a scheduler, too: return the optimizer alone")
+            raise ValueError("configure_optimizers returns a scheduler, too: return only the optimizer")
         self.schedule = self.make_schedule(optimizer=trainer.optimizers[0], num_steps=planned_steps(trainer))
         if self.saved:
             self.schedule.load_state_dict(self.saved)

@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: desk)")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
     add("--only", nargs="+", choices=METHODS, metavar="METHOD", default=[],
-        help=f"some of {', '.join(METHODS)}, which the page then shows alone (default: the table's)")
+        help=f"methods to run and to show: some of {', '.join(METHODS)} (default: the table's)")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
         "image-root=DIR text-root=DIR give images and text their own")

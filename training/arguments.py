@@ -55,8 +55,8 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
         help="processes that read tinyimagenet or imagenet (default: cores, up to 8)")
     add("--skip-bad-images", action="store_true", default=None, help="leave out unreadable files, and report them")
     add("--corruption", metavar="NAME",
-        help=f"damage the training images: {', '.join(CORRUPTIONS)}; of "
-        "cifar10-c and cifar100-c the file")
+        help=f"damage the training images: {', '.join(CORRUPTIONS)}; for "
+        "cifar10-c and cifar100-c the name of the file")
     add("--severity", type=number(int, 0, 5), metavar="N", help="severity of --corruption, 0 (none) to 5 (default: 3)")
     add("--label-noise", type=number(float, 0, 1), metavar="RATE",
         help="give this share of the training images a wrong label (default: 0)")
