@@ -365,7 +365,7 @@ def test_a_scheduler_beside_this_one_is_refused(tmp_path):
     module = Digits()
     other = torch.optim.lr_scheduler.StepLR(module.optimizer, 1)
     module.configure_optimizers = lambda: ([module.optimizer], [other])
-    with pytest.raises(ValueError, match="return the optimizer alone"):
+    with pytest.raises(ValueError, match="return only the optimizer"):
         fit(tmp_path, module=module)
 
 
