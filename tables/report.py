@@ -8,7 +8,7 @@ from pathlib import Path
 from drawing import draw
 from records import COLUMNS, STEPS, Record, leading, places_of, spread, summarise, unit_of
 from regret import regret_of
-from runs import read
+from runs import Run, read
 from specs import TABLES, Table
 from writing import MOST_ROWS, markdown, read_toml, write_csv, write_page
 
@@ -37,8 +37,17 @@ def render(folder: Path) -> None:
         body += ["![Training loss, test result and learning rate against epochs](table.png)", ""]
     if "--preset smoke" in header["command"]:
         body.append("**A smoke: it shows that the table runs, and says nothing of its methods.**")
-    body += [f"Seeds: {', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}.", ""]
+    body += [f"Seeds: {', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}.{_guesses(runs)}", ""]
     write_page(folder, table.title, table.question, header["command"], body, [vars(run) for run in runs])
+
+
+def _guesses(runs: Sequence[Run]) -> str:
+    """How many of the rates that the runs measured are guesses."""
+    refusals = [run.lr_scale["refusal"] for run in runs if run.lr_scale]
+    guesses = [refusal for refusal in refusals if refusal]
+    if not guesses:
+        return ""
+    return f" {len(guesses)} of {len(refusals)} measured rates are guesses, since the loss fell clearly at no rate."
 
 
 def _any_has(records: list[Record], name: str) -> bool:
