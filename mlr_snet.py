@@ -524,6 +524,8 @@ class MLRSNetLR:
             nets = load_schedules(nets) if isinstance(nets, str) else [nets]
         self.optimizer, self.nets = unwrapped(optimizer), list(nets)
         self.num_steps = _check_count("num_steps", num_steps)
+        if isinstance(self.optimizer, torch.optim.Rprop):
+            raise TypeError(f"Rprop {NOT_AFFINE[torch.optim.Rprop]}, so that a schedule has no effect on it")
         if getattr(self.optimizer.step, "_wrapped_by_lr_sched", False):
             warnings.warn("the optimizer has another scheduler: remove it, or leave out its groups", stacklevel=2)
         self._check_nets()
@@ -543,8 +545,8 @@ class MLRSNetLR:
         self.level: float | None = None  # as read by prepare()
         self.handle: RemovableHandle | None = None  # of attach()
         self.num_checks = 0  # of the order of the calls
-        self.was_stepped = False  # whether the optimizer has taken a step since the last check
-        self.watch = self.optimizer.register_step_post_hook(lambda *_: setattr(self, "was_stepped", True))
+        self.num_updates = 0  # that the optimizer has made since the last check
+        self.watch = self.optimizer.register_step_post_hook(self._count_update)
 
     def prepare(self) -> None:
         """Read scale_loss now, where the coming step will set γ from it: before the forward pass, as the authors do.
@@ -748,19 +750,22 @@ class MLRSNetLR:
             warning = f"the planned {self.num_steps} optimizer steps (not epochs or micro-batches) are over: {end}"
         if self.num_checks < 2:
             warning = self._disorder() or warning
-            self.num_checks, self.was_stepped = self.num_checks + 1, False
+            self.num_checks, self.num_updates = self.num_checks + 1, 0
         if warning:
             warnings.warn(warning, stacklevel=4)
+
+    def _count_update(self, *_: Any) -> None:
+        self.num_updates += 1
 
     def _disorder(self) -> str:
         """What is wrong with the order of the calls; nothing where it seems right."""
         if self.num_checks:
             self.watch.remove()
-            return "" if self.was_stepped else (
-                "step(loss) came twice without optimizer.step() in between: call it once for every update, under "
-                "accumulation with the mean over the micro-batches"
+            return "" if self.num_updates == 1 else (
+                f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each of "
+                "them, under accumulation with the mean over the micro-batches"
             )
-        if self.was_stepped and not self.steps_taken:
+        if self.num_updates and not self.steps_taken:
             return (
                 "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
                 "it: call step(loss) between backward() and optimizer.step()"

@@ -511,13 +511,33 @@ def test_a_call_for_every_micro_batch_is_warned_of_once():
     network = small_network()
     optimizer = SGD(network.parameters(), lr=0.1)
     schedule = MLRSNetLR(optimizer, "paper", 80, gamma=0.1)
-    with pytest.warns(UserWarning, match="came twice without optimizer.step()") as caught:
+    with pytest.warns(UserWarning, match="^0 optimizer steps lie between two calls") as caught:
         for _ in range(2):
             for batch in range(4):
                 (loss_on(network, batch) / 4).backward()
                 schedule.step(1.0)
             optimizer.step()
     assert len(caught) == 1
+
+
+def test_a_call_for_every_epoch_is_warned_of_once():
+    network = small_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    schedule = MLRSNetLR(optimizer, "paper", 80, gamma=0.1)
+    with pytest.warns(UserWarning, match="^4 optimizer steps lie between two calls") as caught:
+        for _ in range(3):
+            for batch in range(4):
+                optimizer.zero_grad()
+                loss_on(network, batch).backward()
+                if batch == 3:
+                    schedule.step(1.0)
+                optimizer.step()
+    assert [str(warning.message)[:16] for warning in caught] == ["optimizer.step()", "4 optimizer step"]
+
+
+def test_an_optimizer_that_takes_no_rate_is_refused():
+    with pytest.raises(TypeError, match="Rprop keeps step sizes of its own"):
+        MLRSNetLR(torch.optim.Rprop(small_network().parameters()), "paper", 8, gamma=0.1)
 
 
 def test_the_optimizer_of_another_network_is_warned_of():
