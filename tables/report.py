@@ -36,7 +36,7 @@ def render(folder: Path) -> None:
         draw(folder / "table.png", records, highlight)
         body += ["![Training loss, test result and learning rate against epochs](table.png)", ""]
     if "--preset smoke" in header["command"]:
-        body.append("**A smoke: it shows that the table runs, and says nothing of its methods.**")
+        body += ["**A smoke: it shows that the table runs, and says nothing of its methods.**", ""]
     body += [f"Seeds: {', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}.{_guesses(runs)}", ""]
     write_page(folder, table.title, table.question, header["command"], body, [vars(run) for run in runs])
 
