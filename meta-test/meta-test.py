@@ -13,6 +13,7 @@ from data import IMAGES
 from data.meta_stream import MetaStream, epoch_changes, schedule_arguments
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
 from training.arguments import (
+    FILES,
     add_run_arguments,
     add_scale,
     add_task_arguments,
@@ -32,7 +33,7 @@ EXAMPLES = """\
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__, EXAMPLES)
+    parser = Parser(__doc__, EXAMPLES, FILES)
     add_task_arguments(parser, network="shufflenetv2")
     add = parser.add_argument_group("schedule").add_argument
     add("--schedule", choices=["mlr-snet", *SCHEDULES], default="mlr-snet", metavar="NAME",

@@ -10,7 +10,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet
-from training.arguments import add_run_arguments, add_scale, add_task_arguments, parse_run_arguments
+from training.arguments import FILES, add_run_arguments, add_scale, add_task_arguments, parse_run_arguments
 from training.building import average_of, network_of, start, task_of
 from training.command_line import Parser, number, number_or, show_safely, user_errors
 from training.measuring import chosen_gamma
@@ -24,7 +24,7 @@ EXAMPLES = """\
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__, EXAMPLES)
+    parser = Parser(__doc__, EXAMPLES, FILES)
     add_task_arguments(parser, network="resnet")
     add = parser.add_argument_group("schedule").add_argument
     add("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR",

@@ -27,6 +27,19 @@ AUTHORS = {
     "--hidden_size": "--embed-size, which is the width of the hidden layers, too",
 }
 
+FILES = """\
+files in --out:
+  args.json              arguments, versions, commit and hardware
+  metrics.csv, run.png   a row for every epoch, and its picture
+  cost.json              passes, measuring steps, peak memory
+  checkpoint.pth         what --resume continues from
+  network.pth            the trained weights; network_average.pth with --average
+  mlr_snet_<epoch>.pth   meta-train: the MLR-SNet after every epoch
+  lr_scale.json, .png    where the scale was measured: what was tried
+  events.*               loss, rate and metrics for TensorBoard
+
+"""
+
 
 class Refused(argparse.Action):
     """A flag of the authors' that is refused with the one to use."""

@@ -72,13 +72,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error of all ranks once.
 
-    `examples` are shown below the help. The usage names no flags, for all stand in their groups, --help too.
+    `files`, on what the script writes, and `examples` are shown below the help. The usage names no flags, for all
+    stand in their groups, --help too.
     """
 
-    def __init__(self, description: str | None, examples: str):
+    def __init__(self, description: str | None, examples: str, files: str = ""):
         super().__init__(
-            description=description, epilog=f"examples:\n{examples}", usage="%(prog)s [FLAG ...]", allow_abbrev=False,
-            add_help=False, formatter_class=HelpFormatter,
+            description=description, epilog=f"{files}examples:\n{examples}", usage="%(prog)s [FLAG ...]",
+            allow_abbrev=False, add_help=False, formatter_class=HelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:
