@@ -85,8 +85,9 @@ def test_a_run_for_which_no_more_files_can_be_opened_ends_in_lines(spare, tmp_pa
 IMAGES = [*TINY, "--num-epoch", "4", "--num-meta", "20"]
 WORDS = [*TEXT, "--num-epoch", "3"]
 PACKAGES = {"schedule-free": "schedulefree", "schedule-free-radam": "schedulefree", "prodigy": "prodigyopt",
+            "prodigy-cosine": "prodigyopt",
             "dadaptation": "dadaptation", "greedy": "transformers"}
-ON_ADAMW = ("prodigy", "dadaptation", "schedule-free-radam")
+ON_ADAMW = ("prodigy", "prodigy-cosine", "dadaptation", "schedule-free-radam")
 BASELINES = {
     name: ["--optimizer", "adamw"] if name in ON_ADAMW else []
     for name in SCHEDULES if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])
