@@ -107,7 +107,7 @@ def load_schedule(path: str | Path) -> MLRSNet:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; meta-train.py writes mlr_snet_<epoch>.pth") from None
+        raise ValueError(f"{path}: no such file; give one of meta-train.py, or {' or '.join(SHIPPED)}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: not a readable file of weights ({type(error).__name__})") from None
     try:
@@ -761,11 +761,11 @@ class MLRSNetLR:
         """What is wrong with the order of the calls; nothing where it seems right."""
         if self.num_checks:
             self.watch.remove()
-            return "" if self.num_updates == 1 else (
+            return "" if self.num_updates == 1 or self.handle else (
                 f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each of "
                 "them, under accumulation with the mean over the micro-batches"
             )
-        if self.num_updates and not self.steps_taken:
+        if self.num_updates and not self.steps_taken and not self.handle:  # which skips a step of GradScaler
             return (
                 "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
                 "it: call step(loss) between backward() and optimizer.step()"

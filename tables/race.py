@@ -155,7 +155,7 @@ class Race:
     def __init__(self, cells: list[Cell], folder: Path):
         self.cells, self.folder = cells, folder
         self.runs: list[CellRun] = []
-        self.jobs: list[Any] = []  # of a cluster
+        self.jobs: dict[Any, CellRun] = {}  # of a cluster
         self.stopped = False
 
     def run_here(self, jobs: int) -> None:
@@ -168,15 +168,12 @@ class Race:
     def run_on(self, executor: Any, threads: int) -> None:
         """The same as jobs of submitit's executor, one for every run, with so many CPU threads each."""
         self._prepare(threads)
-        jobs: dict[Any, CellRun] = {}
         for run in self.runs:
             if not self.stopped and not run.is_done:
-                job = executor.submit(run)
-                self.jobs.append(job)
-                jobs[job] = run
+                self.jobs[executor.submit(run)] = run
         if self.stopped:  # while a job was being submitted
             self._stop()
-        self._follow(jobs)
+        self._follow(self.jobs.copy())
 
     def _prepare(self, threads: int) -> None:
         """Describe each run once, and let signals stop them."""

@@ -24,7 +24,7 @@ from records import summarise
 from report import render
 from runs import collect, read, write
 from specs import TABLES
-from writing import write_index
+from writing import read_jsonl, write_index
 
 from training.command_line import Parser, folder, number, show_safely, user_errors
 from training.folder import FolderLock
@@ -212,10 +212,12 @@ def run_table(args: argparse.Namespace, command: str) -> int:
 
 def _tell_replaced(out: Path, cells: list[Cell]) -> None:
     """Say so where the folder holds a result with other runs, whose page this one replaces."""
-    if not (out / "runs.jsonl").exists():
+    try:
+        header, *runs = read_jsonl(out / "runs.jsonl")
+        is_replaced = bool({run["name"] for run in runs} - {cell.name for cell in cells})
+    except (OSError, ValueError, KeyError, TypeError):  # no result, or a damaged one
         return
-    header, runs = read(out)
-    if {run.name for run in runs} - {cell.name for cell in cells}:
+    if is_replaced:
         print(f"replacing the page of {header['command']} (its runs stay, so that it is quickly written again; --out "
               "keeps both)", file=sys.stderr)
 

@@ -555,6 +555,18 @@ def test_meta_batches_that_end_are_named():
         schedule.step(1.0)
 
 
+def test_an_attached_schedule_that_gets_no_loss_for_a_step_is_in_order():
+    network = small_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    losses = iter([None, 1.0, None, 1.0, 1.0])
+    MLRSNetLR(optimizer, "paper", 8, gamma=0.1).attach(lambda: next(losses))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in range(5):
+            loss_on(network, batch).backward()
+            optimizer.step()
+
+
 def test_attach_and_step_together_are_refused():
     network = small_network()
     optimizer = SGD(network.parameters(), lr=0.1)

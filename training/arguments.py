@@ -276,12 +276,9 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
     if len(nets) == 1 and str(nets[0]) in SHIPPED:
         return str(nets[0])
     paths = [Path(net) for net in nets]
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"nets {path}: no such file; give .pth files, a run's folder or {' or '.join(SHIPPED)}")
     if len(paths) > 1 or not paths[0].is_dir():
         return paths
-    if not ((paths[0] / "args.json").exists() and (paths[0] / "mlr_snet_1.pth").exists()):
+    if not (paths[0] / "mlr_snet_1.pth").exists():
         raise ValueError(f"nets {paths[0]}: holds no nets of meta-train.py; give .pth files")
     num_epochs = read_record(paths[0]).get("num_epoch")
     if not isinstance(num_epochs, int):

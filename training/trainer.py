@@ -262,8 +262,8 @@ class Trainer:
         self.log.gamma(self.step, gamma)
         if before and gamma > 1.5 * before:
             self._say(
-                f"warning: gamma has risen from {before:.3g}, since the loss in eval mode has. In a short run "
-                "BatchNorm's statistics lag behind; a number for --gamma stays", file=sys.stderr,
+                f"warning: gamma has risen from {before:.3g} with the loss in eval mode, as where BatchNorm's "
+                "statistics lag behind in a short run; a number for --gamma stays", file=sys.stderr,
             )
 
     def _fetch(self, steps: list[Step]) -> None:
