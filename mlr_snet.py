@@ -546,6 +546,7 @@ class MLRSNetLR:
         self.handle: RemovableHandle | None = None  # of attach()
         self.num_checks = 0  # of the order of the calls
         self.num_updates = 0  # that the optimizer has made since the last check
+        self.kept_state = False  # whether the optimizer had a state at the first check
         self.watch = self.optimizer.register_step_post_hook(self._count_update)
 
     def prepare(self) -> None:
@@ -759,12 +760,19 @@ class MLRSNetLR:
 
     def _disorder(self) -> str:
         """What is wrong with the order of the calls; nothing where it seems right."""
+        keeps_state = any(self.optimizer.state.values())
         if self.num_checks:
             self.watch.remove()
-            return "" if self.num_updates == 1 or self.handle else (
-                f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each of "
-                "them, under accumulation with the mean over the micro-batches"
+            if self.num_updates != 1 and not self.handle:
+                return (
+                    f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
+                    "of them, under accumulation with the mean over the micro-batches"
+                )
+            return "" if self.steps_taken == 1 or self.kept_state or not keeps_state else (
+                f"the optimizer began anew, and this schedule went on at step {self.steps_taken}: in a resumed run "
+                "load the optimizer's state_dict(), too"
             )
+        self.kept_state = keeps_state
         if self.num_updates and not self.steps_taken and not self.handle:  # which skips a step of GradScaler
             return (
                 "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "

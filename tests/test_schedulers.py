@@ -535,6 +535,34 @@ def test_a_call_for_every_epoch_is_warned_of_once():
     assert [str(warning.message)[:16] for warning in caught] == ["optimizer.step()", "4 optimizer step"]
 
 
+@pytest.mark.parametrize(("kind", "expected"), [(SGD, 0), (torch.optim.AdamW, 1), (torch.optim.RMSprop, 1)])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_resumed_run_whose_optimizer_begins_anew_is_warned_of(kind, expected, is_loaded):
+    def run(schedule, optimizer, network, steps):
+        for batch in range(steps):
+            optimizer.zero_grad()
+            loss_on(network, batch).backward()
+            schedule.step(1.0)
+            optimizer.step()
+
+    def built():
+        network = small_network()
+        optimizer = kind(network.parameters(), lr=0.1)
+        return MLRSNetLR(optimizer, "paper", 8, gamma=0.01), optimizer, network
+
+    first, second = built(), built()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(*first, 3)
+        second[0].load_state_dict(first[0].state_dict())
+        if is_loaded:
+            second[1].load_state_dict(first[1].state_dict())
+        run(*second, 3)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (0 if is_loaded else expected)
+    assert all("load the optimizer's state_dict(), too" in message for message in messages)
+
+
 def test_an_optimizer_that_takes_no_rate_is_refused():
     with pytest.raises(TypeError, match="Rprop keeps step sizes of its own"):
         MLRSNetLR(torch.optim.Rprop(small_network().parameters()), "paper", 8, gamma=0.1)
