@@ -1,6 +1,8 @@
 """mlr_snet.py on its own: a lone copy, among foreign modules of the same names, through torch.hub; and the README."""
 
+import csv
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +151,18 @@ def test_the_numbers_and_the_lines_of_lightning_in_the_readme_are_those_of_the_p
     assert rows == [[row[0], *regrets[row[0]]] for row in rows]
     added = [line[1:] for line in (ROOT / "integrations/README.md").read_text().splitlines() if line.startswith("+")]
     assert set(text.split("twice your peak rate:\n```python\n")[1].split("\n```")[0].splitlines()) <= set(added)
+
+
+def test_the_counts_below_the_picture_in_the_readme_are_those_of_the_regrets():
+    below = (ROOT / "README.md").read_text().split("regret.png)\n")[1].split("\n\n")[0]
+    with open(ROOT / "tables/results/untuned-desk/regret.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["weights"] == "live"]
+    counts = []
+    for method in ("MLR-SNet (recommended)", "wsd (measured)"):
+        regrets = [float(row["regret"]) for row in rows if row["method"] == method]
+        counts.append([sum(regret <= 1 for regret in regrets), len(regrets), sum(regret < 0 for regret in regrets)])
+    (close, total, ahead), (close_wsd, _, ahead_wsd) = counts
+    assert [int(number) for number in re.findall(r"\d+", below)] == [close, total, ahead, close_wsd, ahead_wsd]
 
 
 @pytest.mark.parametrize("kind", ["use", "learn"])
