@@ -428,7 +428,7 @@ def hypergradient(
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
     with ExitStack() as stack:
-        stack.enter_context(_preserved_modes(network))
+        stack.enter_context(preserved_modes(network))
         weights = stack.enter_context(lookahead(network, update, lr, rest, average))
         stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
         stack.enter_context(torch.enable_grad())
@@ -450,8 +450,8 @@ def hypergradient(
 
 
 @contextmanager
-def _preserved_modes(network: nn.Module) -> Iterator[None]:
-    """Restores which of its modules are in training mode."""
+def preserved_modes(network: nn.Module) -> Iterator[None]:
+    """Restores which of the network's modules are in training mode."""
     modes = {module: module.training for module in network.modules()}
     try:
         yield

@@ -32,6 +32,7 @@ from mlr_snet import (
     lr_scale,
     parameters_of,
     preserved,
+    preserved_modes,
     preserved_optimizer,
     set_lr,
     unwrapped,
@@ -192,16 +193,19 @@ def try_rates(
 @contextmanager
 def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> Iterator[None]:
     """Restores everything that training changes, bit for bit, on exit; without gradients at the start."""
-    was_training, python_state, numpy = network.training, random.getstate(), sys.modules.get("numpy")
+    python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
     everything = [*parameters_of(optimizer), *network.parameters()]
     try:
-        with without_gradients(everything), preserved_optimizer(optimizer), preserved(network.buffers()):
-            network.train()
+        with (
+            preserved_modes(network), without_gradients(everything), preserved_optimizer(optimizer),
+            preserved(network.buffers()),
+        ):
+            if not network.training:  # else as it trains: parts of it may be in eval mode
+                network.train()
             yield
     finally:
-        network.train(was_training)
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import mlr_snet_scale
 from mlr_snet import MLRSNet, MLRSNetLR, lr_scale
@@ -204,6 +205,25 @@ def test_everything_is_restored_bit_for_bit(kind, is_fresh):
     assert measure_lr_scale(network, optimizer, next_loss, 100).scale > 0
     assert identical(before, everything())
     assert optimizer.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("mode", ["train", "part in eval", "eval"])
+def test_trials_run_in_the_modes_of_the_training_and_leave_them(mode):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    network.train(mode != "eval")
+    if mode == "part in eval":
+        network[1].eval()
+    expected, seen = {module: module.training or mode == "eval" for module in network.modules()}, []
+    before = {module: module.training for module in network.modules()}
+
+    def next_loss():
+        seen.append({module: module.training for module in network.modules()})
+        return functional.cross_entropy(network(torch.randn(16, 4)), torch.randint(3, (16,)))
+
+    measure_lr_scale(network, torch.optim.SGD(network.parameters(), lr=0.1), next_loss, 100)
+    assert all(modes == expected for modes in seen)
+    assert {module: module.training for module in network.modules()} == before
 
 
 def identical(one, other):
