@@ -42,7 +42,7 @@ def cache_folder() -> Path | None:
 
 
 def entry_for(paths: list[str], folder: Path, size: int) -> Path | None:
-    """The place of the decoded files of a folder at `size` pixels, whether it exists or not. None without a cache."""
+    """The place of the decoded files in a folder at `size` pixels, whether it exists or not. None without a cache."""
     cache = cache_folder()
     if cache is None:
         return None
@@ -55,7 +55,7 @@ def entry_for(paths: list[str], folder: Path, size: int) -> Path | None:
             return None
         # A file with an old mtime, unpacked from an archive for example, still has a new ctime.
         times = f"{file.st_mtime_ns} {file.st_ctime_ns}"
-        name = os.path.relpath(path, folder)
+        name = path.removeprefix(f"{folder}{os.sep}")
         digest.update(f"{name}\n{file.st_size} {times}\n".encode(errors="surrogateescape"))
     return cache / f"mlr-snet-{digest.hexdigest()[:32]}"
 
