@@ -363,6 +363,7 @@ class Average:
         """
         with preserved([*self.parameters, *self.network.buffers()]):
             self.mix_in()
+            torch.clear_autocast_cache()
             yield self.network
 
     def state_dict(self) -> dict[str, Any]:
@@ -388,6 +389,7 @@ def lookahead(
         descend(rest, 1.0)
         if average:
             average.mix_in()
+        torch.clear_autocast_cache()
         yield weights
 
 
@@ -1127,13 +1129,18 @@ def bare_step(optimizer: Optimizer) -> None:
 
 @contextmanager
 def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores the tensors bit for bit on exit; yields their copies by tensor."""
+    """Restores the tensors bit for bit on exit; yields their copies by tensor.
+
+    Autocast forgets the weights that it has cast, as it has to wherever they have moved: where a caller's whole step
+    lies in one autocast region, the network would run with old ones.
+    """
     copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors}
     _copy_all(copies.keys(), copies.values())
     try:
         yield copies
     finally:
         _copy_all(copies.values(), copies.keys())
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()

@@ -186,6 +186,7 @@ def try_rates(
                     nn.utils.clip_grad_norm_(network.parameters(), max_norm)
                 set_lr(optimizer, lr, ratios)
                 bare_step(optimizer)
+                torch.clear_autocast_cache()
             losses += all_reduce_mean(torch.stack(some).double()).tolist()  # the means over the ranks
     return Trial(kind, rates[: len(losses)], losses)
 

@@ -4,6 +4,8 @@ import copy
 import math
 import random
 import statistics
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -224,6 +226,25 @@ def test_trials_run_in_the_modes_of_the_training_and_leave_them(mode):
     measure_lr_scale(network, torch.optim.SGD(network.parameters(), lr=0.1), next_loss, 100)
     assert all(modes == expected for modes in seen)
     assert {module: module.training for module in network.modules()} == before
+
+
+def test_inside_an_autocast_region_the_trials_are_those_of_separate_ones():
+    def measured(around, inside):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        inputs, labels = torch.randn(64, 4), torch.randint(3, (64,))
+
+        def next_loss():
+            with inside():
+                return functional.cross_entropy(network(inputs), labels)
+
+        with around():
+            next_loss().backward()
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+            return measure_lr_scale(network, optimizer, next_loss, 100), float(next_loss())
+
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert measured(autocast, nullcontext) == measured(nullcontext, autocast)
 
 
 def identical(one, other):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,17 @@ from torch.func import functional_call
 
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import (
+    Average,
     MetaMLRSNetLR,
     MLRSNet,
     MLRSNetLR,
+    descend,
     hypergradient,
     load_schedule,
     load_schedules,
     lr_scale,
     train,
+    update_directions,
 )
 
 HERE = Path(__file__).parent
@@ -182,6 +187,33 @@ def test_the_lookahead_leaves_everything_as_it_was_to_the_bit(name):
     before = snapshot()
     hypergradient(network, optimizer, 0.05, lambda: loss_on(network, 99))
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
+
+
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_a_step_inside_one_autocast_region_has_the_hypergradient_and_losses_of_separate_ones(is_averaged):
+    def run(around, inside):
+        network = small_network().float()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        average = Average(network, 0.5) if is_averaged else None
+
+        def loss(seed):
+            images, labels = batch(seed)
+            with inside():
+                return nn.functional.cross_entropy(network(images.float()), labels)
+
+        with around():
+            loss(0).backward()
+            results = [hypergradient(network, optimizer, 5.0, lambda: loss(1), average=average), loss(1)]
+            descend(update_directions(optimizer), 5.0)
+            torch.clear_autocast_cache()
+            if average:
+                with average.averaged_weights():
+                    results.append(loss(1))
+            results.append(loss(1))
+        return [float(result) for result in results]
+
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert run(autocast, nullcontext) == run(nullcontext, autocast)
 
 
 def test_the_meta_gradients_are_not_held_all_at_once():
