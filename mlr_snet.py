@@ -538,7 +538,7 @@ class MLRSNetLR:
         self.warmup, self.cooldown = warmup, cooldown
         self.changes = self._check_changes(changes)
         self.groups, self.process_group = groups, process_group
-        self.ratios = self._first_ratios()
+        self.ratios = lr_ratios(self.optimizer, groups)
         self.steps_taken, self.phase, self.gamma = 0, -1, math.nan  # γ is set at the first step
         self.state = self.nets[0].initial_state()
         self.fraction = self.state.new_full((), math.nan)
@@ -714,15 +714,6 @@ class MLRSNetLR:
             raise ValueError(f"changes {list(changes)}: give the {number - 1} steps at which the nets change, in order")
         return list(changes)
 
-    def _first_ratios(self) -> list[float | None]:
-        """lr_ratios of the groups that the schedule drives, and None for the others."""
-        number = len(self.optimizer.param_groups)
-        driven = range(number) if self.groups is None else self.groups
-        if not driven or not all(isinstance(index, Integral) and 0 <= index < number for index in driven):
-            raise ValueError(f"groups {self.groups}: give indices of the optimizer's {number} parameter groups")
-        ratios = dict(zip(driven, lr_ratios(self.optimizer, driven), strict=True))
-        return [ratios.get(index) for index in range(number)]
-
     def _check_rates(self) -> None:
         """Settle the ratios of the groups. RuntimeError when a rate is not the one that the last step() set.
 
@@ -730,7 +721,7 @@ class MLRSNetLR:
         """
         groups = self.optimizer.param_groups
         if not self.steps_taken:
-            self.ratios = self._first_ratios()
+            self.ratios = lr_ratios(self.optimizer, self.groups)
         if len(groups) < len(self.ratios):
             raise RuntimeError(f"the optimizer has {len(groups)} parameter groups, it had {len(self.ratios)}")
         for group, lr, ratio in zip(groups, self.lr_set, self.ratios, strict=False):
@@ -1080,13 +1071,20 @@ def on_host(value: Tensor) -> float | Tensor:
     return float(value) if value.device.type == "cpu" else value
 
 
-def lr_ratios(optimizer: Optimizer, groups: Iterable[int] | None = None) -> list[float]:
-    """Each parameter group's present rate over the largest one, of `groups` or all. ValueError when all are zero."""
-    indices = range(len(optimizer.param_groups)) if groups is None else groups
-    rates = [float(optimizer.param_groups[index]["lr"]) for index in indices]
-    if max(rates) <= 0:
+def lr_ratios(optimizer: Optimizer, groups: Sequence[int] | None = None) -> list[float | None]:
+    """Each parameter group's present rate over the largest one of `groups` (default: all); None for the others.
+
+    Raises ValueError where these are all zero, and for indices that are not of the optimizer's groups.
+    """
+    number = len(optimizer.param_groups)
+    driven = range(number) if groups is None else groups
+    if not driven or not all(isinstance(index, Integral) and 0 <= index < number for index in driven):
+        raise ValueError(f"groups {groups}: give indices of the optimizer's {number} parameter groups")
+    rates = {index: float(optimizer.param_groups[index]["lr"]) for index in driven}
+    largest = max(rates.values())
+    if largest <= 0:
         raise ValueError("the optimizer's learning rates are all zero; give at least one group a positive lr")
-    return [rate / max(rates) for rate in rates]
+    return [rates[index] / largest if index in rates else None for index in range(number)]
 
 
 @torch.no_grad()
@@ -1122,9 +1120,10 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def bare_step(optimizer: Optimizer) -> None:
-    """optimizer.step() without the hooks that are registered on it."""
+    """optimizer.step() without the hooks that are registered on it; autocast forgets the weights that it has cast."""
     step = type(optimizer).step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined, call-arg]
+    torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,10 +63,7 @@ class MeasuredScale:
 
     @property
     def gamma(self) -> float:
-        """The γ of an MLR-SNet, twice the peak rate: an untrained net gives half of γ, and so starts at the peak.
-
-        Warns where the scale is a guess.
-        """
+        """γ, twice the peak rate, since an untrained net gives half of it. Warns where the scale is a guess."""
         if self.refusal:
             warnings.warn(f"the LR scale {self.scale:.3g} is a guess: {self.refusal}", stacklevel=2)
         return 2 * self.scale
@@ -109,6 +106,7 @@ def guessed_scale(optimizer: Optimizer, loss: float, num_classes: int | None = N
 def measure_lr_scale(
     network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], num_steps: int,
     max_norm: float | None = None, num_classes: int | None = None, perplexity: bool = False, budget: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> MeasuredScale:
     """The LR scale of a run of num_steps steps.
 
@@ -123,7 +121,7 @@ def measure_lr_scale(
         the micro-batches' losses, whose sum is the loss of the step; or None where an epoch ends, and is asked again.
         Where it has state_dict and load_state_dict, every trial sees the same batches.
     max_norm: clips the gradient.
-    num_classes, perplexity: as in MLRSNetLR, for the guess.
+    num_classes, perplexity: as in MLRSNetLR, for the guess; groups, too: those left out train at their own rates.
     budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
     Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
@@ -137,7 +135,7 @@ def measure_lr_scale(
     if num_steps < 1 or budget < RANGE_STEPS + 20:
         raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 20}")
     usual, c = usual_lr(optimizer), run_over_trial(optimizer)
-    try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm)
+    try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm, groups=groups)
     range_rates = [usual * 10 ** (5 * step / (RANGE_STEPS - 1) - 3) for step in range(RANGE_STEPS)]
     range_test = try_at("range test", range_rates, until=lambda losses: len(smoothed(losses)) < len(losses))
     start, noise = _untrained_loss(range_test.losses)
@@ -167,14 +165,14 @@ def measure_lr_scale(
 
 def try_rates(
     network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], kind: str, rates: list[float],
-    max_norm: float | None = None, until: Callable[[list[float]], bool] = lambda losses: False,
+    max_norm: float | None, groups: Sequence[int] | None, until: Callable[[list[float]], bool] = lambda losses: False,
 ) -> Trial:
     """Train one step at each of the rates, then restore everything as measure_lr_scale does.
 
     Ends early once `until` is true of the losses; it is asked every ten steps, since the host waits for its answer.
     """
     losses: list[float] = []
-    ratios = lr_ratios(optimizer)
+    ratios = lr_ratios(optimizer, groups)
     with _restored_run(network, optimizer, next_loss), torch.enable_grad():
         while len(losses) < len(rates) and not (losses and until(losses)):
             some = []
@@ -186,7 +184,6 @@ def try_rates(
                     nn.utils.clip_grad_norm_(network.parameters(), max_norm)
                 set_lr(optimizer, lr, ratios)
                 bare_step(optimizer)
-                torch.clear_autocast_cache()
             losses += all_reduce_mean(torch.stack(some).double()).tolist()  # the means over the ranks
     return Trial(kind, rates[: len(losses)], losses)
 
@@ -197,15 +194,12 @@ def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> I
     python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
-    everything = [*parameters_of(optimizer), *network.parameters()]
     try:
-        with (
-            preserved_modes(network), without_gradients(everything), preserved_optimizer(optimizer),
-            preserved(network.buffers()),
-        ):
+        with preserved_modes(network), without_gradients([*parameters_of(optimizer), *network.parameters()]):
             if not network.training:  # else as it trains: parts of it may be in eval mode
                 network.train()
-            yield
+            with preserved_optimizer(optimizer), preserved(network.buffers()):
+                yield
     finally:
         random.setstate(python_state)
         if numpy:

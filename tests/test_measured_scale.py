@@ -228,6 +228,26 @@ def test_trials_run_in_the_modes_of_the_training_and_leave_them(mode):
     assert {module: module.training for module in network.modules()} == before
 
 
+def test_groups_that_are_left_out_train_at_their_own_rates():
+    quadratic, other = Quadratic(5.0, noise=0.1), nn.Parameter(torch.ones((), dtype=torch.float64))
+    seen = []
+
+    def next_loss():
+        seen.append(other.item())
+        return quadratic.loss() + other
+
+    groups = [{"params": quadratic.network.parameters(), "lr": 0.01}, {"params": [other], "lr": 3.0}]
+    optimizer = torch.optim.SGD(groups)
+    measured = measure_lr_scale(quadratic.network, optimizer, next_loss, 1000, groups=[0])
+    trial = measured.trials[0]
+    assert seen[: len(trial.rates)] == [1.0 - 3.0 * step for step in range(len(trial.rates))]
+    alone = Quadratic(5.0, noise=0.1).measure().trials[0]
+    both = zip(alone.losses, trial.losses, seen, strict=False)
+    assert all(one + offset == pytest.approx(loss) for one, loss, offset in both)
+    assert trial.rates == alone.rates and other == 1.0
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 3.0]
+
+
 def test_inside_an_autocast_region_the_trials_are_those_of_separate_ones():
     def measured(around, inside):
         torch.manual_seed(0)
