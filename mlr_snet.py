@@ -1171,14 +1171,16 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor.
 
-    Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
+    Of the optimizer's own attributes, numbers and tensors are restored. Inside, a fused optimizer does not divide its
+    gradients by the scale of a GradScaler that is stepping it.
     """
     options = vars(optimizer)
     scaling: Options = {name: options.pop(name) for name in ("grad_scale", "found_inf") if name in options}
     weights = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+    attributes = {name: value for name, value in options.items() if isinstance(value, (int, float, Tensor))}
     entries = [*optimizer.state.values(), *optimizer.param_groups]
-    tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
-    before = [{name: value if _has_tensors(value) else copy.deepcopy(value) for name, value in entry.items()}
+    tensors = [value for entry in (*entries, attributes) for value in entry.values() if isinstance(value, Tensor)]
+    before = [{name: value if _stays(value) else copy.deepcopy(value) for name, value in entry.items()}
               for entry in entries]
     known = list(optimizer.state)
     devices = {weight.device for weight in weights if weight.device.type != "cpu"}
@@ -1193,15 +1195,18 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
                 for name in entry.keys() - values.keys():
                     del entry[name]
                 entry.update(values)
-            options.update(scaling)
+            options.update(scaling | attributes)
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(item, Tensor) for item in value))
+def _stays(value: Any) -> bool:
+    """Whether the object itself is kept: a tensor, whose numbers are restored, or a group's list of parameters."""
+    if isinstance(value, list):
+        return any(isinstance(item, nn.Parameter) for item in value)
+    return isinstance(value, Tensor)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

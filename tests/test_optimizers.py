@@ -96,13 +96,18 @@ class Lion(Optimizer):
 
     def __init__(self, weights, lr=0.1, power=1.0):
         super().__init__(weights, {"lr": lr, "power": power, "steps": 0})
+        self.num_calls, self.total = 0, torch.zeros(())
 
     @torch.no_grad()
     def step(self):
+        self.num_calls += 1
+        self.total += 1
         for group in self.param_groups:
             group["steps"] += 1
             for weight in group["params"]:
                 mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                self.state[weight].setdefault("history", [torch.zeros(2)])[0].add_(1)
+                self.state[weight].setdefault("table", {"count": torch.zeros(2)})["count"].add_(1)
                 mean.lerp_(weight.grad + 0.1 * torch.randn_like(weight), 0.1)
                 weight.sub_(mean.sign() + 0.1 * weight, alpha=group["lr"] ** group["power"])
 
@@ -119,7 +124,11 @@ def test_an_unknown_optimizer_is_measured_by_trial_steps_that_are_undone():
     after = optimizer.state_dict()
     assert before["param_groups"] == after["param_groups"]
     for index, values in before["state"].items():
-        assert torch.equal(values["mean"], after["state"][index]["mean"])
+        now = after["state"][index]
+        assert torch.equal(values["mean"], now["mean"])
+        assert torch.equal(values["history"][0], now["history"][0]) and values["history"][0][0] == STEPS
+        assert torch.equal(values["table"]["count"], now["table"]["count"])
+    assert optimizer.num_calls == optimizer.total == STEPS
 
 
 def test_the_first_measurement_leaves_no_state_behind():
