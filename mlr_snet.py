@@ -21,6 +21,7 @@ import copy
 import math
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -92,11 +93,12 @@ class MLRSNet(nn.Module):
     def forward(self, loss: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: 0-d loss and the state -> 0-d fraction in (0, 1) and the next state."""
         features, states = loss.to(state.dtype).reshape(1), []
-        for layer, (hidden, cell) in zip([self.layer1, *self.layer2], state, strict=True):
-            hidden, cell = layer(features, hidden, cell)
-            features = hidden
-            states.append(torch.stack((hidden, cell)))
-        return self.layer3(features).sigmoid().squeeze(0), torch.stack(states)
+        with torch.autocast(state.device.type, enabled=False):  # a caller's would round the rate
+            for layer, (hidden, cell) in zip([self.layer1, *self.layer2], state, strict=True):
+                hidden, cell = layer(features, hidden, cell)
+                features = hidden
+                states.append(torch.stack((hidden, cell)))
+            return self.layer3(features).sigmoid().squeeze(0), torch.stack(states)
 
 
 def load_schedule(path: str | Path) -> MLRSNet:
@@ -284,6 +286,8 @@ def _direction(
 def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter], ratios: Ratios) -> Update:
     """d_t = w_t − w_{t+1} at rate 1, after checking that rate 1/2 moves the weights half as far."""
     name = type(optimizer).__name__
+    if any(parameter.element_size() < 4 for parameter in parameters):
+        raise TypeError(f"{name} with parameters of 16 bits: they would round its step away; use SGD, Adam or AdamW")
 
     def moved(lr: float) -> list[Tensor]:
         with preserved_optimizer(optimizer) as weights, torch.no_grad():
@@ -337,7 +341,11 @@ class Average:
             raise ValueError(f"average decay {decay}: must be at least 0 and below 1")
         self.network, self.decay = network, decay
         self.parameters: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.weights = [parameter.detach().clone() for parameter in self.parameters]
+        # 16 bits would round (1 − β)·(w − w̄) away.
+        self.weights = [
+            parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for parameter in self.parameters
+        ]
 
     @staticmethod
     def decay_for(num_steps: int) -> float:
@@ -347,12 +355,14 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
-        torch._foreach_lerp_(self.weights, self.parameters, 1 - self.decay)
+        present = [parameter.to(weight.dtype) for parameter, weight in zip(self.parameters, self.weights, strict=True)]
+        torch._foreach_lerp_(self.weights, present, 1 - self.decay)
 
     @torch.no_grad()
     def mix_in(self) -> None:
         """w ← β·w̄_t + (1 − β)·w."""
-        torch._foreach_lerp_(self.parameters, self.weights, self.decay)
+        for parameter, weight in zip(self.parameters, self.weights, strict=True):
+            parameter.copy_(parameter.to(weight.dtype).lerp(weight, self.decay))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
@@ -361,7 +371,7 @@ class Average:
         Its BatchNorm statistics are those of the live weights: measure them anew inside the block, as
         torch.optim.swa_utils.update_bn does. They are restored, too.
         """
-        with preserved([*self.parameters, *self.network.buffers()]):
+        with preserved_modules(self.network, self.parameters), preserved([*self.parameters, *self.network.buffers()]):
             self.mix_in()
             torch.clear_autocast_cache()
             yield self.network
@@ -409,9 +419,11 @@ def hypergradient(
     meta_loss returns the 0-d loss of the network on a held-out batch. Parameters, buffers, modes, gradients and the
     optimizer stay as they are; `network` may be a ModuleList of all modules that meta_loss runs. Groups whose ratio is
     None move at their own rates. With several ranks meta_loss is this rank's, and the result is the mean over them.
+    Your hooks on parameters act on the meta gradient, too; what modules keep in Python attributes is not restored.
 
     Raises TypeError for an optimizer that is not affine in lr, and for a meta loss without a graph. RuntimeError where
-    no parameter has a gradient, and where one that has got none from meta_loss, which would count as zero.
+    no parameter has a gradient, where one that has got none from meta_loss, which would count as zero, and where
+    meta_loss changes parameters itself.
     """
     ratios = lr_ratios(optimizer) if ratios is None else ratios
     update = update_directions(optimizer, ratios)
@@ -420,6 +432,10 @@ def hypergradient(
     driven = [parameter for parameter in update if parameter.requires_grad]
     if not driven:
         raise RuntimeError("no parameter has a gradient: call step() between backward() and optimizer.step()")
+    averaged = average.parameters if average else []
+    if average and not set(driven) <= set(averaged):
+        raise RuntimeError("parameters have been unfrozen that the average of the weights leaves out: make it, or the "
+                           "schedule that keeps it, while all that will train requires a gradient")
     terms: dict[nn.Parameter, Tensor] = {}
 
     def take(parameter: nn.Parameter) -> None:
@@ -430,7 +446,7 @@ def hypergradient(
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
     with ExitStack() as stack:
-        stack.enter_context(preserved_modes(network))
+        stack.enter_context(preserved_modules(network, [*update, *rest, *averaged]))
         weights = stack.enter_context(lookahead(network, update, lr, rest, average))
         stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
         stack.enter_context(torch.enable_grad())
@@ -452,14 +468,33 @@ def hypergradient(
 
 
 @contextmanager
-def preserved_modes(network: nn.Module) -> Iterator[None]:
-    """Restores which of the network's modules are in training mode."""
-    modes = {module: module.training for module in network.modules()}
+def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[None]:
+    """Restores which of the network's modules are in training mode, and which tensors their buffers are.
+
+    RuntimeError where the block changes or replaces a parameter that is not one of `moving`, as a forward pass does
+    that moves a second encoder.
+    """
+    modules = [(module, module.training, dict(module._buffers)) for module in network.modules()]
+    copied = set(moving)
+
+    def others() -> dict[str, Any]:
+        return {name: (id(parameter), _own_part(parameter).data_ptr(), parameter._version)
+                for name, parameter in network.named_parameters() if parameter not in copied}
+
+    before = others()
     try:
         yield
     finally:
-        for module, is_training in modes.items():
+        for module, is_training, buffers in modules:
             module.training = is_training
+            module._buffers.update(buffers)
+    after = others()
+    changed = [name for name, place in before.items() if after.get(name) != place]
+    if changed:
+        raise RuntimeError(
+            f"the loss changes parameters without a gradient ({', '.join(changed[:5])}): change them in the training "
+            "loop only, or make them buffers, which are restored"
+        )
 
 
 def _check_arrived(driven: list[nn.Parameter], terms: dict[nn.Parameter, Tensor], network: nn.Module) -> None:
@@ -571,7 +606,7 @@ class MLRSNetLR:
         reads the mean over the ranks. Raises TypeError without a loss, ValueError for a loss that is not 0-d or that
         the formula of γ cannot take, RuntimeError beside attach() and when something else has set the rate.
         """
-        if self.handle and self.handle.id in (self.handle.hooks_dict_ref() or {}):
+        if self._is_attached():
             raise RuntimeError("attach() makes optimizer.step() call step(loss) already; leave out one of them")
         self._step(loss)
 
@@ -610,8 +645,11 @@ class MLRSNetLR:
 
         For trainers that give no access between backward() and the update, and for GradScaler: gradients are unscaled
         and clipped by then, and a step that it skips does not advance the schedule. A next_loss() of None keeps the
-        rate.
+        rate. Raises RuntimeError while it is attached.
         """
+
+        if self._is_attached():
+            raise RuntimeError("the schedule is attached already: remove() the handle of the first attach()")
 
         def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -631,6 +669,9 @@ class MLRSNetLR:
 
         self.handle = self.optimizer.register_step_pre_hook(before_step)
         return self.handle
+
+    def _is_attached(self) -> bool:
+        return self.handle is not None and self.handle.id in (self.handle.hooks_dict_ref() or {})
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Copies of the parameter groups' rates, as last set; for a rate kept in a tensor, 0-d tensors."""
@@ -660,6 +701,10 @@ class MLRSNetLR:
                 f"the state is of a run of {state['num_steps']} steps, this one plans {planned}: give num_steps="
                 f"{state['num_steps']}, or load_state_dict(state, rescale=True) to keep the share of the run"
             )
+        driven, theirs = ([index for index, ratio in enumerate(ratios) if ratio is not None]
+                          for ratios in (self.ratios, state["ratios"]))
+        if len(self.ratios) == len(state["ratios"]) and driven != theirs:
+            raise ValueError(f"the state is of a schedule of the parameter groups {theirs}, this one has {driven}")
         for net, weights in zip(self.nets, state["nets"], strict=True):
             try:
                 net.load_state_dict(weights)
@@ -756,7 +801,7 @@ class MLRSNetLR:
         keeps_state = any(self.optimizer.state.values())
         if self.num_checks:
             self.watch.remove()
-            if self.num_updates != 1 and not self.handle:
+            if self.num_updates != 1 and not (self.handle and self.num_updates):  # GradScaler skips steps
                 return (
                     f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
                     "of them, under accumulation with the mean over the micro-batches"
@@ -915,7 +960,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             ).to(fraction)
             self.adam.zero_grad()
             (slope * scale * fraction).backward()
-        self.adam.found_inf.copy_(~slope.isfinite())  # type: ignore[attr-defined]
+        self.adam.found_inf.copy_(~(slope.isfinite() & loss.isfinite()))  # type: ignore[attr-defined]
         self.adam.step()
 
     def _check_reach(self, lr: float | Tensor) -> None:
@@ -1099,7 +1144,7 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor, ratios: Ratios | None = Non
         if ratio is None:
             continue
         if isinstance(group["lr"], Tensor):
-            group["lr"].copy_(torch.as_tensor(lr * ratio))
+            group["lr"].copy_(lr * ratio) if isinstance(lr, Tensor) else group["lr"].fill_(lr * ratio)
         elif isinstance(lr, Tensor) and group.get("fused"):
             group["lr"] = lr * ratio
         else:
@@ -1114,15 +1159,21 @@ def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
 
 def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer that Accelerate or Lightning has wrapped, or itself."""
-    while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = wrapped
+    while type(optimizer).__module__.split(".")[0] in ("accelerate", "lightning", "pytorch_lightning"):
+        optimizer = optimizer.optimizer
     return optimizer
 
 
 def bare_step(optimizer: Optimizer) -> None:
     """optimizer.step() without the hooks that are registered on it; autocast forgets the weights that it has cast."""
-    step = type(optimizer).step
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined, call-arg]
+    step, attributes = type(optimizer).step, vars(optimizer)
+    names = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"  # which the step of a parent class runs, too
+    hooks = {name: attributes[name] for name in names}
+    attributes.update((name, OrderedDict()) for name in names)
+    try:
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined, call-arg]
+    finally:
+        attributes.update(hooks)
     torch.clear_autocast_cache()
 
 
@@ -1169,28 +1220,29 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores weights, optimizer state, options and random generators bit for bit on exit; yields copies by tensor.
+    """Restores weights, gradients, optimizer state, options and random generators bit for bit; yields copies by tensor.
 
     Of the optimizer's own attributes, numbers and tensors are restored. Inside, a fused optimizer does not divide its
     gradients by the scale of a GradScaler that is stepping it.
     """
     options = vars(optimizer)
     scaling: Options = {name: options.pop(name) for name in ("grad_scale", "found_inf") if name in options}
-    weights = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+    weights = [parameter for parameter in parameters_of(optimizer) if may_move(parameter)]
+    gradients = [parameter.grad for parameter in weights if parameter.grad is not None]
     attributes = {name: value for name, value in options.items() if isinstance(value, (int, float, Tensor))}
     entries = [*optimizer.state.values(), *optimizer.param_groups]
     tensors = [value for entry in (*entries, attributes) for value in entry.values() if isinstance(value, Tensor)]
     before = [{name: value if _stays(value) else copy.deepcopy(value) for name, value in entry.items()}
               for entry in entries]
-    known = list(optimizer.state)
+    states = dict(optimizer.state)
     devices = {weight.device for weight in weights if weight.device.type != "cpu"}
     kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind), preserved([*weights, *tensors]) as copies:
+    with torch.random.fork_rng(devices, device_type=kind), preserved([*weights, *gradients, *tensors]) as copies:
         try:
             yield copies
         finally:
-            for parameter in optimizer.state.keys() - known:
-                del optimizer.state[parameter]
+            optimizer.state.clear()
+            optimizer.state.update(states)
             for entry, values in zip(entries, before, strict=True):
                 for name in entry.keys() - values.keys():
                     del entry[name]
@@ -1200,6 +1252,11 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def may_move(parameter: nn.Parameter) -> bool:
+    """Whether an optimizer's step can change it: one that was frozen keeps its gradient for a while."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def _stays(value: Any) -> bool:

@@ -30,9 +30,10 @@ from mlr_snet import (
     bare_step,
     lr_ratios,
     lr_scale,
+    may_move,
     parameters_of,
     preserved,
-    preserved_modes,
+    preserved_modules,
     preserved_optimizer,
     set_lr,
     unwrapped,
@@ -194,8 +195,9 @@ def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> I
     python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
+    moving = [parameter for parameter in parameters_of(optimizer) if may_move(parameter)]
     try:
-        with preserved_modes(network), without_gradients([*parameters_of(optimizer), *network.parameters()]):
+        with preserved_modules(network, moving), without_gradients([*parameters_of(optimizer), *network.parameters()]):
             if not network.training:  # else as it trains: parts of it may be in eval mode
                 network.train()
             with preserved_optimizer(optimizer), preserved(network.buffers()):

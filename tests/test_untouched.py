@@ -1,0 +1,267 @@
+"""What the lookahead, trial steps and the measurement may not change, in networks and optimizers of all kinds."""
+
+import warnings
+
+import pytest
+import torch
+from test_mlr_snet import loss_on, small_network
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from mlr_snet import Average, MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient, set_lr, unwrapped, update_directions
+from mlr_snet_scale import measure_lr_scale
+
+INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = INPUTS[:, :1].sin()
+
+
+class Centred(nn.Module):
+    """Rebinds its buffer in the forward pass, as some code does in place of filling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, inputs):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0)
+        return self.linear(inputs - self.mean)
+
+
+class Pair(nn.Module):
+    """Moves a second encoder along with the first one in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 1), nn.Linear(4, 1).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self):
+        self.second.weight.lerp_(self.first.weight, 0.1)
+
+    def forward(self, inputs):
+        self.follow()
+        return self.first(inputs) + self.second(inputs)
+
+
+class Replacing(Pair):
+    @torch.no_grad()
+    def follow(self):
+        self.second.weight = nn.Parameter(self.second.weight.lerp(self.first.weight, 0.1), requires_grad=False)
+
+
+class Reassigning(Pair):
+    @torch.no_grad()
+    def follow(self):
+        self.second.weight.data = self.second.weight.lerp(self.first.weight, 0.1)
+
+
+def loss_of(network, shift=0.0):
+    return functional.mse_loss(network(INPUTS + shift), TARGETS)
+
+
+def act(how, network, optimizer):
+    """Run what must leave the network as it was."""
+    if how == "lookahead":
+        loss_of(network).backward()
+        hypergradient(network, optimizer, 0.1, lambda: loss_of(network, 5.0))
+    elif how == "average":
+        with Average(network, 0.9).averaged_weights():
+            loss_of(network, 5.0)
+    else:
+        measure_lr_scale(network, optimizer, lambda: loss_of(network, 3.0), 100)
+
+
+@pytest.mark.parametrize("how", ["lookahead", "average", "measuring"])
+def test_a_buffer_that_the_forward_pass_rebinds_is_restored(how):
+    network = Centred()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    loss_of(network)
+    buffer, value = network.mean, network.mean.clone()
+    if how == "lookahead":
+        value = 0.9 * value + 0.1 * INPUTS.mean(0)  # by the training loss
+    act(how, network, optimizer)
+    assert torch.equal(network.mean, value)
+    assert how == "lookahead" or network.mean is buffer
+
+
+@pytest.mark.parametrize("how", ["lookahead", "average", "measuring"])
+@pytest.mark.parametrize("kind", [Pair, Replacing, Reassigning])
+def test_a_forward_pass_that_moves_parameters_itself_is_refused(how, kind):
+    network = kind()
+    with pytest.raises(RuntimeError, match=r"changes parameters without a gradient \(second.weight\)"):
+        act(how, network, SGD(network.parameters(), lr=0.1))
+
+
+class Calling(AdamW):
+    """Calls the step of its parent class, which runs the hooks as well."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_trial_steps_run_no_hooks_where_a_step_calls_that_of_its_parent():
+    network, seen = nn.Linear(4, 1), []
+    AdamW(network.parameters())  # from the first instance on its step runs hooks
+    optimizer = Calling(network.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    act("lookahead", network, optimizer)
+    act("measuring", network, optimizer)
+    assert not seen
+    optimizer.step()
+    assert "pre" in seen and "post" in seen
+
+
+def test_a_schedule_that_is_attached_twice_is_refused():
+    network = small_network()
+    schedule = MLRSNetLR(SGD(network.parameters(), lr=0.1), "paper", 8, gamma=0.1)
+    handle = schedule.attach(lambda: 1.0)
+    with pytest.raises(RuntimeError, match="attached already: remove"):
+        schedule.attach(lambda: 1.0)
+    handle.remove()
+    schedule.attach(lambda: 1.0)
+
+
+def test_an_attached_schedule_that_acts_twice_in_a_step_is_warned_of():
+    network = small_network()
+    AdamW(network.parameters())
+    optimizer = Calling(network.parameters(), lr=0.1)
+    MLRSNetLR(optimizer, "paper", 8, gamma=0.1).attach(lambda: 1.0)
+    loss_on(network, 0).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with pytest.warns(UserWarning, match="0 optimizer steps lie between two calls"):
+            optimizer.step()
+
+
+class Rebinding(Optimizer):
+    """Momentum whose state is a new dict in every step, and whose weight decay changes the gradient in place."""
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight.grad.add_(weight, alpha=0.1)
+            velocity = 0.9 * self.state[weight].get("velocity", 0.0) + weight.grad
+            self.state[weight] = {"velocity": velocity}
+            weight.sub_(velocity, alpha=self.param_groups[0]["lr"])
+
+
+def test_trial_steps_leave_gradients_and_a_state_that_is_rebound():
+    network = nn.Linear(4, 1)
+    optimizer = Rebinding(network.parameters(), lr=0.1)
+    loss_of(network).backward()
+    optimizer.step()
+    gradients = [weight.grad.clone() for weight in network.parameters()]
+    states = {weight: (state, state["velocity"].clone()) for weight, state in optimizer.state.items()}
+    update = update_directions(optimizer)
+    measure_lr_scale(network, optimizer, lambda: loss_of(network), 100)
+    for weight, gradient in zip(network.parameters(), gradients, strict=True):
+        state, velocity = states[weight]
+        assert torch.equal(weight.grad, gradient)
+        assert optimizer.state[weight] is state and torch.equal(state["velocity"], velocity)
+        expected = 0.9 * velocity + gradient + 0.1 * weight
+        assert torch.allclose(update[weight](weight), expected, atol=1e-6)
+
+
+def test_trial_steps_of_16_bits_are_refused():
+    network = nn.Linear(4, 1).bfloat16()
+    network(INPUTS.bfloat16()).sum().backward()
+    with pytest.raises(TypeError, match="Calling with parameters of 16 bits"):
+        update_directions(Calling(network.parameters()))
+    update_directions(AdamW(network.parameters()))
+
+
+def test_a_frozen_parameter_that_keeps_its_gradient_is_restored_after_trial_steps():
+    network = nn.Linear(4, 1)
+    optimizer = Calling(network.parameters(), lr=0.1)
+    loss_of(network).backward()
+    network.bias.requires_grad_(False)
+    before = network.bias.clone()
+    update_directions(optimizer)
+    assert torch.equal(network.bias, before)
+
+
+def test_an_average_of_16_bits_follows_its_weights():
+    network = nn.Linear(4, 1).bfloat16()
+    nn.init.ones_(network.weight)
+    average = Average(network, 0.999)
+    nn.init.constant_(network.weight, 2.0)
+    for _ in range(5000):
+        average.update()
+    with average.averaged_weights():
+        assert network.weight.dtype == torch.bfloat16 and network.weight.float().mean() > 1.95
+
+
+def test_weights_unfrozen_after_their_average_was_made_are_an_error_of_the_meta_step():
+    network = small_network()
+    network[0].requires_grad_(False)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    meta = MetaMLRSNetLR(
+        optimizer, MLRSNet(6), network, lambda: loss_on(network, 9), 10, gamma=0.1, t_val=1, meta_point="average"
+    )
+    network[0].requires_grad_(True)
+    loss = loss_on(network, 0)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="have been unfrozen that the average of the weights leaves out"):
+        meta.step(loss)
+
+
+def test_the_net_is_not_rounded_by_the_autocast_of_its_caller():
+    def rates(context):
+        optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        schedule, rates = MLRSNetLR(optimizer, "paper", 30, gamma=0.1), []
+        with context:
+            for step in range(30):
+                schedule.step(2.0 - step / 30)
+                rates += schedule.get_last_lr()
+        return rates
+
+    expected = rates(torch.enable_grad())
+    assert rates(torch.autocast("cpu", torch.bfloat16)) == expected and len(set(expected)) == 30
+
+
+def test_a_training_loss_that_is_not_finite_does_not_move_the_net():
+    network = small_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    net = MLRSNet(6)
+    schedule = MetaMLRSNetLR(optimizer, net, network, lambda: loss_on(network, 9), 10, gamma=0.1, t_val=1)
+    loss_on(network, 0).backward()
+    before = [weight.clone() for weight in net.parameters()]
+    schedule.step(float("inf"))
+    assert all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
+    schedule.step(1.0)
+    assert not all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
+
+
+def test_a_state_of_other_parameter_groups_is_refused():
+    def built(groups):
+        network = small_network()
+        optimizer = SGD([{"params": [weight], "lr": 0.1} for weight in network.parameters()])
+        return MLRSNetLR(optimizer, "paper", 8, gamma=0.1, groups=groups)
+
+    with pytest.raises(ValueError, match=r"of the parameter groups \[0, 1, 2, 3, 4, 5\], this one has \[0\]"):
+        built([0]).load_state_dict(built(None).state_dict())
+    built([0]).load_state_dict(built([0]).state_dict())
+
+
+def test_only_the_wrappers_that_change_no_update_are_unwrapped():
+    class Slow:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    inner = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    wrapper = Slow(inner)
+    assert unwrapped(inner) is inner and unwrapped(wrapper) is wrapper
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_in_a_tensor_is_rounded_to_its_own_precision_only(dtype):
+    optimizer = Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5, dtype=dtype))
+    set_lr(optimizer, 0.1)
+    assert torch.equal(optimizer.param_groups[0]["lr"], torch.tensor(0.1, dtype=dtype))
