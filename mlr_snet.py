@@ -355,14 +355,18 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
-        present = [parameter.to(weight.dtype) for parameter, weight in zip(self.parameters, self.weights, strict=True)]
-        torch._foreach_lerp_(self.weights, present, 1 - self.decay)
+        torch._foreach_lerp_(self.weights, self._present(), 1 - self.decay)
 
     @torch.no_grad()
     def mix_in(self) -> None:
         """w ← β·w̄_t + (1 − β)·w."""
-        for parameter, weight in zip(self.parameters, self.weights, strict=True):
-            parameter.copy_(parameter.to(weight.dtype).lerp(weight, self.decay))
+        present = self._present()
+        torch._foreach_lerp_(present, self.weights, self.decay)
+        _copy_all(present, self.parameters)
+
+    def _present(self) -> list[Tensor]:
+        """The parameters in the average's precision: themselves, or copies of those of 16 bits."""
+        return [parameter.to(weight.dtype) for parameter, weight in zip(self.parameters, self.weights, strict=True)]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
