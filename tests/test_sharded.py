@@ -19,6 +19,8 @@ def ends(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, folder]
     done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    if "'Stream' object has no attribute 'record_event'" in done.stderr:
+        pytest.skip(f"FSDP2 of torch {torch.__version__} does not run on the CPU")
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
 
