@@ -438,8 +438,8 @@ def hypergradient(
         raise RuntimeError("no parameter has a gradient: call step() between backward() and optimizer.step()")
     averaged = average.parameters if average else []
     if average and not set(driven) <= set(averaged):
-        raise RuntimeError("parameters have been unfrozen that the average of the weights leaves out: make it, or the "
-                           "schedule that keeps it, while all that will train requires a gradient")
+        raise RuntimeError("the average of the weights leaves out parameters that train: make it, or the schedule that "
+                           "keeps it, on a network that has them all, and while they require a gradient")
     terms: dict[nn.Parameter, Tensor] = {}
 
     def take(parameter: nn.Parameter) -> None:
@@ -651,7 +651,6 @@ class MLRSNetLR:
         and clipped by then, and a step that it skips does not advance the schedule. A next_loss() of None keeps the
         rate. Raises RuntimeError while it is attached.
         """
-
         if self._is_attached():
             raise RuntimeError("the schedule is attached already: remove() the handle of the first attach()")
 
@@ -705,8 +704,7 @@ class MLRSNetLR:
                 f"the state is of a run of {state['num_steps']} steps, this one plans {planned}: give num_steps="
                 f"{state['num_steps']}, or load_state_dict(state, rescale=True) to keep the share of the run"
             )
-        driven, theirs = ([index for index, ratio in enumerate(ratios) if ratio is not None]
-                          for ratios in (self.ratios, state["ratios"]))
+        driven, theirs = _driven(self.ratios), _driven(state["ratios"])
         if len(self.ratios) == len(state["ratios"]) and driven != theirs:
             raise ValueError(f"the state is of a schedule of the parameter groups {theirs}, this one has {driven}")
         for net, weights in zip(self.nets, state["nets"], strict=True):
@@ -1136,6 +1134,11 @@ def lr_ratios(optimizer: Optimizer, groups: Sequence[int] | None = None) -> list
     return [rates[index] / largest if index in rates else None for index in range(number)]
 
 
+def _driven(ratios: Ratios) -> list[int]:
+    """The indices of the groups that have a ratio."""
+    return [index for index, ratio in enumerate(ratios) if ratio is not None]
+
+
 @torch.no_grad()
 def set_lr(optimizer: Optimizer, lr: float | Tensor, ratios: Ratios | None = None) -> None:
     """Give each parameter group its ratio of `lr` (default: lr_ratios); one of None keeps its rate.
@@ -1170,12 +1173,11 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 def bare_step(optimizer: Optimizer) -> None:
     """optimizer.step() without the hooks that are registered on it; autocast forgets the weights that it has cast."""
-    step, attributes = type(optimizer).step, vars(optimizer)
-    names = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"  # which the step of a parent class runs, too
-    hooks = {name: attributes[name] for name in names}
-    attributes.update((name, OrderedDict()) for name in names)
+    attributes = vars(optimizer)
+    hooks = {name: attributes[name] for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
+    attributes.update((name, OrderedDict()) for name in hooks)
     try:
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined, call-arg]
+        type(optimizer).step(optimizer)  # not what a scheduler has put in its place
     finally:
         attributes.update(hooks)
     torch.clear_autocast_cache()
@@ -1231,8 +1233,9 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """
     options = vars(optimizer)
     scaling: Options = {name: options.pop(name) for name in ("grad_scale", "found_inf") if name in options}
-    weights = [parameter for parameter in parameters_of(optimizer) if may_move(parameter)]
-    gradients = [parameter.grad for parameter in weights if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    # One that was frozen and keeps its gradient still moves.
+    weights = [weight for weight in parameters_of(optimizer) if weight.requires_grad or weight.grad is not None]
     attributes = {name: value for name, value in options.items() if isinstance(value, (int, float, Tensor))}
     entries = [*optimizer.state.values(), *optimizer.param_groups]
     tensors = [value for entry in (*entries, attributes) for value in entry.values() if isinstance(value, Tensor)]
@@ -1256,11 +1259,6 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def may_move(parameter: nn.Parameter) -> bool:
-    """Whether an optimizer's step can change it: one that was frozen keeps its gradient for a while."""
-    return parameter.requires_grad or parameter.grad is not None
 
 
 def _stays(value: Any) -> bool:

@@ -30,7 +30,6 @@ from mlr_snet import (
     bare_step,
     lr_ratios,
     lr_scale,
-    may_move,
     parameters_of,
     preserved,
     preserved_modules,
@@ -195,7 +194,7 @@ def _restored_run(network: nn.Module, optimizer: Optimizer, next_loss: Any) -> I
     python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     stream_state = copy.deepcopy(next_loss.state_dict()) if hasattr(next_loss, "state_dict") else None
-    moving = [parameter for parameter in parameters_of(optimizer) if may_move(parameter)]
+    moving = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
     try:
         with preserved_modules(network, moving), without_gradients([*parameters_of(optimizer), *network.parameters()]):
             if not network.training:  # else as it trains: parts of it may be in eval mode

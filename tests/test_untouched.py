@@ -95,6 +95,19 @@ def test_a_forward_pass_that_moves_parameters_itself_is_refused(how, kind):
         act(how, network, SGD(network.parameters(), lr=0.1))
 
 
+def test_hooks_of_the_user_on_parameters_act_on_the_meta_gradient():
+    def slope(has_hook):
+        torch.manual_seed(0)
+        network = nn.Linear(4, 1)
+        loss_of(network).backward()
+        if has_hook:
+            network.weight.register_hook(lambda gradient: 0 * gradient)
+            network.bias.register_hook(lambda gradient: 0 * gradient)
+        return hypergradient(network, SGD(network.parameters(), lr=0.1), 0.1, lambda: loss_of(network, 5.0))
+
+    assert slope(True) == 0 and slope(False) != 0
+
+
 class Calling(AdamW):
     """Calls the step of its parent class, which runs the hooks as well."""
 
@@ -208,7 +221,7 @@ def test_weights_unfrozen_after_their_average_was_made_are_an_error_of_the_meta_
     network[0].requires_grad_(True)
     loss = loss_on(network, 0)
     loss.backward()
-    with pytest.raises(RuntimeError, match="have been unfrozen that the average of the weights leaves out"):
+    with pytest.raises(RuntimeError, match="the average of the weights leaves out parameters that train"):
         meta.step(loss)
 
 
