@@ -895,7 +895,8 @@ class MetaMLRSNetLR(MLRSNetLR):
 
     The other arguments are MLRSNetLR's. Raises TypeError for an optimizer whose update is not affine in its learning
     rate, and for sparse gradients. step() raises RuntimeError for gradients that are still scaled: under GradScaler
-    call scaler.unscale_(optimizer) before it, or use attach().
+    call scaler.unscale_(optimizer) before it, or use attach(). A meta loss that is not finite leaves the net as it is,
+    with a warning; on an accelerator, where the host does not wait, one of the last update only.
     """
 
     def __init__(
@@ -962,8 +963,13 @@ class MetaMLRSNetLR(MLRSNetLR):
             ).to(fraction)
             self.adam.zero_grad()
             (slope * scale * fraction).backward()
-        self.adam.found_inf.copy_(~(slope.isfinite() & loss.isfinite()))  # type: ignore[attr-defined]
+        is_skipped = ~(slope.isfinite() & loss.isfinite())
+        self.adam.found_inf.copy_(is_skipped)  # type: ignore[attr-defined]
         self.adam.step()
+        shown, is_last = on_host(is_skipped), self.steps_taken + self.t_val >= self.num_steps
+        if (is_last or isinstance(shown, float)) and shown:
+            warnings.warn("the training loss, the meta loss or its gradient is not finite: this update of the net is "
+                          "left out", stacklevel=4)
 
     def _check_reach(self, lr: float | Tensor) -> None:
         """RuntimeError where the first lookahead goes so far that the gradients must still be scaled by GradScaler."""

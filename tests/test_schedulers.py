@@ -360,6 +360,16 @@ def test_a_loss_that_is_not_finite_leaves_state_and_rate_as_they_are(bad, learni
     assert math.isfinite(rates(schedule, [1.8])[0])
 
 
+def test_a_net_that_cannot_learn_since_the_meta_loss_overflows_says_so():
+    torch.manual_seed(0)
+    network, optimizer = trained(lambda p: SGD(p, lr=0.1))
+    schedule = meta_schedule(network, optimizer, lambda: loss_on(network, 99) * math.inf, gamma=0.1)
+    theta = snapshot(*schedule.net.parameters())
+    with pytest.warns(UserWarning, match="meta loss or its gradient is not finite.*left out"):
+        rates(schedule, [2.0])
+    assert same(theta, schedule.net.parameters())
+
+
 def test_gamma_waits_for_the_first_finite_loss():
     schedule = MLRSNetLR(one_weight_sgd(), [MLRSNet()], 10, num_classes=10)
     assert rates(schedule, [math.nan, math.inf]) == [1.0, 1.0]  # as the optimizer was built
