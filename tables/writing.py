@@ -16,12 +16,20 @@ INDEX = "<!-- one line per result, written by tables.py --render -->\n"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """The columns of every row; those that a row lacks stay empty."""
+    """The columns of every row; those that a row lacks stay empty. Numbers have ten digits.
+
+    Python adds floats more exactly from 3.12 on, so the last digits of a double depend on its version.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: _ten_digits(row[name]) for name in columns if name in row})
     write_atomically(path, text.getvalue().encode())
+
+
+def _ten_digits(value: Any) -> Any:
+    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
