@@ -7,7 +7,7 @@ from torch import Tensor
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator seeded by the key, so that the randomness of any step can be had without the steps before."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator(device).manual_seed(seed)
 
 
