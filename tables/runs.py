@@ -97,8 +97,7 @@ def write(folder: Path, header: dict[str, Any], runs: list[Run]) -> None:
     contents, rows = [header], []
     for run in runs:
         content = asdict(run)
-        for row in content.pop("rows"):
-            rows.append({"run": run.run} | {name: f"{value:.8g}" for name, value in row.items()})
+        rows += [{"run": run.run} | row for row in content.pop("rows")]
         contents.append({name: value for name, value in content.items() if value is not None})
     write_jsonl(folder / "runs.jsonl", contents)
     write_csv(folder / "metrics.csv", list(dict.fromkeys(name for row in rows for name in row)), rows)

@@ -16,20 +16,16 @@ INDEX = "<!-- one line per result, written by tables.py --render -->\n"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """The columns of every row; those that a row lacks stay empty. Numbers have ten digits.
+    """The columns of every row; those that a row lacks stay empty. Floats have eight digits.
 
-    Python adds floats more exactly from 3.12 on, so the last digits of a double depend on its version.
+    Python adds them more exactly from 3.12 on, so the last digits of a sum depend on its version.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _ten_digits(row[name]) for name in columns if name in row})
+        writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
     write_atomically(path, text.getvalue().encode())
-
-
-def _ten_digits(value: Any) -> Any:
-    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

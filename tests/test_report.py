@@ -13,7 +13,7 @@ from regret import interval, peaks_of, regret_of, regrets_of, shown, summaries_o
 from report import render
 from runs import Run, read, write
 from words import problem_of
-from writing import INDEX, index_lines, read_csv, read_toml
+from writing import INDEX, index_lines, read_csv, read_toml, write_csv
 
 TABLES_FOLDER = Path(__file__).resolve().parents[1] / "tables"
 RESULTS = sorted((TABLES_FOLDER / "results").iterdir())
@@ -216,3 +216,8 @@ def test_a_picture_colours_mlr_snet_and_the_best_others():
 
 def test_the_leading_are_the_first_ones_and_the_best_others():
     assert leading("abcde", "d", 3) == ["a", "b", "d"]
+
+
+def test_a_table_does_not_show_the_last_digits_of_a_sum(tmp_path):
+    write_csv(tmp_path / "table.csv", ["mean", "runs", "worst"], [{"mean": 0.1 + 0.2, "runs": 3, "other": 1.0}])
+    assert (tmp_path / "table.csv").read_text() == "mean,runs,worst\n0.3,3,\n"

@@ -10,6 +10,7 @@ import torch
 from test_mlr_snet import loss_on, one_weight_sgd, small_network, trained
 from torch import nn
 
+import mlr_snet
 from mlr_snet import (
     MetaMLRSNetLR,
     MLRSNet,
@@ -360,14 +361,20 @@ def test_a_loss_that_is_not_finite_leaves_state_and_rate_as_they_are(bad, learni
     assert math.isfinite(rates(schedule, [1.8])[0])
 
 
-def test_a_net_that_cannot_learn_since_the_meta_loss_overflows_says_so():
+@pytest.mark.parametrize(("on_accelerator", "warned"), [(False, [1, 2, 3]), (True, [3])])
+def test_a_net_that_cannot_learn_since_the_meta_loss_overflows_says_so(on_accelerator, warned, monkeypatch):
+    if on_accelerator:  # as if the tensors lay there
+        monkeypatch.setattr(mlr_snet, "on_host", torch.Tensor.detach)
     torch.manual_seed(0)
     network, optimizer = trained(lambda p: SGD(p, lr=0.1))
-    schedule = meta_schedule(network, optimizer, lambda: loss_on(network, 99) * math.inf, gamma=0.1)
-    theta = snapshot(*schedule.net.parameters())
-    with pytest.warns(UserWarning, match="meta loss or its gradient is not finite.*left out"):
-        rates(schedule, [2.0])
-    assert same(theta, schedule.net.parameters())
+    schedule = meta_schedule(network, optimizer, lambda: loss_on(network, 99) * math.inf, 3, gamma=0.1)
+    theta, seen = snapshot(*schedule.net.parameters()), []
+    for number in (1, 2, 3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            schedule.step(2.0)
+        seen += [number for warning in caught if "the meta loss or its gradient is not finite" in str(warning.message)]
+    assert seen == warned and same(theta, schedule.net.parameters())
 
 
 def test_gamma_waits_for_the_first_finite_loss():
