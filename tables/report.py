@@ -83,7 +83,7 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
         notes.append("Published numbers are the paper's at the last epoch; ~ marks those read off plots.")
     if len(ranked) > len(methods):
         beside.append(f"{len(ranked) - len(methods)} more methods")
-    notes.append(f"[table.csv](table.csv) has {' and '.join(beside) or 'all numbers in full'}.")
+    notes.append(f"[table.csv](table.csv) has {' and '.join(beside) or 'all numbers'}.")
     return [*lines, " ".join(notes), ""]
 
 
