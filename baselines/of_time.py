@@ -29,13 +29,12 @@ class Fixed(ClosedForm):
 
 
 class Multistep(ClosedForm):
-    """×0.2 at 30 %, 60 % and 80 % of the run's epochs."""
+    """×0.2 at 30 %, 60 % and 80 % of the run."""
 
     knows_length = True
 
     def factor(self, epoch: float) -> float:
-        milestones = [percent * self.num_epochs // 100 for percent in (30, 60, 80)]
-        return 0.2 ** len([milestone for milestone in milestones if int(epoch) >= milestone])
+        return 0.2 ** len([percent for percent in (30, 60, 80) if epoch >= percent * self.num_epochs / 100])
 
 
 class Exponential(ClosedForm):

@@ -42,7 +42,10 @@ class ImageFileError(ValueError):
 
 
 def read_image(path: str) -> Image.Image:
-    """The image in mode RGB. ImageFileError for a file that cannot be read, unless this process holds too much."""
+    """The image in mode RGB, not turned by the EXIF tag of a photo, as torchvision does not turn it either.
+
+    ImageFileError for a file that cannot be read, unless this process holds too much.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a FIFO or a device may never end
             raise ValueError("not a regular file")
@@ -68,15 +71,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def class_folders(folder: Path) -> tuple[list[str], Samples]:
+def class_folders(folder: Path, seen: dict[str, str] | None = None) -> tuple[list[str], Samples]:
     """The classes and the images of folder/CLASS/**, sorted by name, without what other programs have left there.
 
-    Says what is skipped, and which classes may be one. ValueError for a class without images, for a folder that would
-    count twice, and for a link that leads nowhere.
+    Says what is skipped, and which classes may be one. `seen` are folders that have been read, by their real paths.
+    ValueError for a class without images, for a folder that would count twice, and for a link that leads nowhere.
     """
     skipped: Counter[str] = Counter()
     try:
-        found = sorted(_images(str(folder), "", {}, skipped))
+        found = sorted(_images(str(folder), "", {} if seen is None else seen, skipped))
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_foreign(entry.name))
     except OSError as error:
         raise ValueError(f"{folder}: expected class folders of images ({first_line(error)})") from None
@@ -123,8 +126,12 @@ def _is_foreign(name: str) -> bool:
 
 
 def train_and_test(root: Path, test: str) -> tuple[list[str], Samples, Samples]:
-    """The classes, and the images of root/train and of root/`test`. ValueError unless both have the same classes."""
-    (classes, train), (others, tested) = class_folders(root / "train"), class_folders(root / test)
+    """The classes, and the images of root/train and of root/`test`.
+
+    ValueError unless both have the same classes, and for a folder that is in both.
+    """
+    seen: dict[str, str] = {}
+    (classes, train), (others, tested) = class_folders(root / "train", seen), class_folders(root / test, seen)
     if different := ", ".join(map(ascii, sorted(set(classes) ^ set(others))[:MOST_REPORTED])):
         raise ValueError(f"{root}: train and {test} have different class folders ({different}); make them the same")
     return classes, train, tested

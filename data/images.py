@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from utils import Hidden, all_reduce_sum, broadcast_buffers, check_memory, shard, world_size
 
+from .cache import say
 from .corruption import Corruption, noisy_labels
 from .sampling import balanced_sample, generator_for, without
 
@@ -164,6 +165,8 @@ class ImageTask:
         generator = generator_for(seed, 1)
         self.meta_indices = balanced_sample(labels, pool, num_meta, generator)
         self.train_indices = without(total, self.meta_indices if data.meta_pool is None else pool)
+        if self.metric == "acc":
+            check_classes(labels[self.train_indices], labels[self.meta_indices], test_labels)
         if limit_train is not None:
             available = len(self.train_indices)
             if not 1 <= limit_train <= available:
@@ -183,6 +186,8 @@ class ImageTask:
         self.device, self.autocast = device, autocast
         self.steps_per_epoch = len(cut(self.train_indices, batch_size))
         size, images = data.image_size, min(batch_size, len(self.train_indices))
+        if accumulate > (most := max(1, images // world_size() // 2)):
+            raise ValueError(f"accumulate {accumulate}: at most {most}, so that each part of a batch has two images")
         check_memory(4 * 3 * size**2 * images, f"{images} images of {size}×{size} pixels in a batch")
 
     def in_words(self) -> str:
@@ -312,6 +317,21 @@ class ImageTask:
                 if true_targets is not None:
                     true_targets.fill_(-100)
             yield Batch(inputs, targets, len(indices), true_targets)
+
+
+def check_classes(train: Tensor, meta: Tensor, test: Tensor) -> None:
+    """Of the labels of three sets of images: ValueError for a class that has none to train on, which a sample with
+    classes of equal size can use up. Says where more images of a class steer MLR-SNet than it trains on.
+    """
+    number = int(torch.cat([train, meta, test]).max()) + 1
+    training, steering, tested = (torch.bincount(labels, minlength=number) for labels in (train, meta, test))
+    for label in ((training == 0) & (steering + tested > 0)).nonzero().flatten().tolist():
+        if steering[label]:
+            raise ValueError(f"num_meta {len(meta)}: holds out all {steering[label]} images of class {label}; lower it")
+        raise ValueError(f"class {label}, counted from 0, has {tested[label]} images to test on and none to train on")
+    if few := (steering > training).nonzero().flatten().tolist():
+        say(f"more images are held out to steer than to train on in {len(few)} of {number} classes, such as "
+            f"{steering[few[0]]} and {training[few[0]]} of class {few[0]}, counted from 0")
 
 
 def cut(indices: Tensor, size: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torchvision.transforms.functional import resize
 
 from utils import check_memory, first_line
 
+from .cache import say
 from .corruption import read_cifar_c
 from .files import class_folders, decode, state_in, train_and_test
 from .images import ImageData, Statistics
@@ -83,17 +84,24 @@ def svhn(root: Path, image_size: int | None, seed: int) -> ImageData:
 
 
 def folder(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> ImageData:
-    """root/train and root/test of class folders; without test, a class-balanced fifth of train, chosen by the seed."""
+    """root/train and root/test (or root/val) of class folders; without these, a fifth of each class is for testing.
+
+    That fifth is the same for every seed, so that a run may start from the weights of another.
+    """
     size = image_size or 32
-    if os.path.lexists(root / "test"):  # also a link to a folder that is gone
-        classes, train, test = train_and_test(root, "test")
-        images, labels = decode(train, root / "train", size, skip_bad_images)
-        test_images, test_labels = decode(test, root / "test", size, skip_bad_images)
+    for name in ("test", "val"):
+        if os.path.lexists(root / name):  # also a link to a folder that is gone
+            classes, train, test = train_and_test(root, name)
+            images, labels = decode(train, root / "train", size, skip_bad_images)
+            test_images, test_labels = decode(test, root / name, size, skip_bad_images)
+            break
     else:
         classes, train = class_folders(root / "train")
+        say(f"{root}: neither test nor val, so a fifth of each class in train is held out for testing")
         images, labels = decode(train, root / "train", size, skip_bad_images)
-        everything = torch.arange(len(labels))
-        taken = balanced_sample(labels, everything, max(1, len(labels) // 5), generator_for(seed, 0))
+        shuffled = torch.randperm(len(labels), generator=generator_for(0, 0))
+        members = [shuffled[labels[shuffled] == label] for label in range(len(classes))]
+        taken = torch.cat([images_of[: max(1, len(images_of) // 5)] for images_of in members]).sort().values
         test_images, test_labels = images[taken], labels[taken]
         rest = without(len(labels), taken)
         images, labels = images[rest], labels[rest]

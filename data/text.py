@@ -43,7 +43,7 @@ class TextData:
 def encode(lines: dict[str, list[list[str]]]) -> TextData:
     """Token indices of the splits, given as lines of tokens; each line ends with <eos>.
 
-    The vocabulary is the training split's; any other token becomes <unk>.
+    The vocabulary is the training split's; any other token becomes <unk>. Says so where training has no <unk>.
     """
     index = {END: 0, UNKNOWN: 1}
     for line in lines["train"]:
@@ -56,6 +56,10 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
             indices += [index.get(token, index[UNKNOWN]) for token in line]
             indices.append(index[END])
         ids[split] = torch.tensor(indices)
+    unknown, number = (ids["test"][1:] == index[UNKNOWN]).sum().item(), len(ids["test"]) - 1
+    if unknown and not (ids["train"] == index[UNKNOWN]).any():
+        say(f"{unknown} of {number} test tokens are not in the training text, which has no {UNKNOWN} to learn them by: "
+            f"each costs much perplexity; put {UNKNOWN} for the rare tokens of all splits")
     return TextData(ids["train"], ids["valid"], ids["test"], list(index))
 
 
@@ -77,7 +81,8 @@ def read(path: Path, tokens: str) -> list[list[str]]:
     lines = [line.removeprefix("\ufeff") for line in content.removesuffix("\n").split("\n")]
     if not "".join(lines).strip():
         raise ValueError(f"{path}: holds no text")
-    return [line.split() if tokens == "word" else list(line) for line in lines]
+    # A text that ends its lines with <eos> has one already.
+    return [line.rstrip().removesuffix(END).split() if tokens == "word" else list(line) for line in lines]
 
 
 def text_folder(root: Path, tokens: str) -> TextData:

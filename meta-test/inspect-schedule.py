@@ -5,6 +5,7 @@ Example: python meta-test/inspect-schedule.py --nets paper --losses meta-train/r
 
 import argparse
 import csv
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -67,23 +68,40 @@ def reaction(nets: list[MLRSNet], run: Run, args: argparse.Namespace) -> float:
     0: the loss does not matter, all change comes from the change of nets and from settling. 1: all of it is a reaction.
     """
     blind = follow(nets, run.losses.mean().expand_as(run.losses), args)
-    whole = run.fractions.log().var()
+    whole = run.fractions.log().var(correction=0)
     if whole < 1e-12:
         return 0.0
-    return min(1.0, float((run.fractions.log() - blind.fractions.log()).var() / whole))
+    return min(1.0, float((run.fractions.log() - blind.fractions.log()).var(correction=0) / whole))
 
 
-def read_losses(path: Path, steps_per_epoch: int) -> Tensor:
-    """The training losses of a run's metrics.csv, each for all steps of its epoch. ValueError for another file."""
+def read_losses(path: Path, steps_per_epoch: int, perplexity: bool) -> Tensor:
+    """The training losses of a run's metrics.csv, each for all steps of its epoch. ValueError for another file, and
+    for a run of text without `perplexity` or one of images with it.
+    """
     path = path / "metrics.csv" if path.is_dir() else path
     try:
         with open(path, newline="") as file:
-            losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError) as error:
+            rows = list(csv.DictReader(file))
+        losses = [float(row["train_loss"]) for row in rows]
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"--losses {path}: not the metrics.csv of a run ({type(error).__name__}: {error})") from None
     if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
         raise ValueError(f"--losses {path}: needs positive and finite training losses")
+    if perplexity != ("train_ppl" in rows[0]):
+        kind, advice = ("images", "leave out --perplexity") if perplexity else ("text", "give --perplexity, too")
+        raise ValueError(f"--losses {path}: a run of {kind}; {advice}")
     return torch.tensor(losses).repeat_interleave(steps_per_epoch)
+
+
+def steps_per_epoch_of(run: Path) -> int:
+    """Those in the cost.json of a run's folder; 20 where there is none. ValueError for another file."""
+    path = (run if run.is_dir() else run.parent) / "cost.json"
+    try:
+        return int(json.loads(path.read_text())["steps_per_epoch"])
+    except OSError:
+        return 20
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the costs of a run ({type(error).__name__})") from None
 
 
 def decaying_losses(first: float, last: float, num_epochs: int, steps_per_epoch: int) -> Tensor:
@@ -122,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decay", type=number(float, 0, above=True), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
         help="without --losses: a training loss that falls exponentially, in nats (default: 2.3 0.01)")
     add("--num-epoch", type=number(int, 1), default=60, help="epochs of that decay (default: 60)")
-    add("--steps-per-epoch", type=number(int, 1), default=20, help="(default: 20)")
+    add("--steps-per-epoch", type=number(int, 1), metavar="N", help="(default: those of the run of --losses, or 20)")
     add("--num-classes", type=number(int, 2), default=10, help="classes, or the size of the vocabulary (default: 10)")
     add("--perplexity", action="store_true", help="the losses are a language model's")
     add("--gamma", type=number_or(number(float, 0, above=True), "auto"), default="auto",
@@ -138,8 +156,10 @@ def main(argv: list[str] | None = None) -> int:
         files = net_files(args.nets)
         nets = load_schedules(files)
         names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
+        if args.steps_per_epoch is None:
+            args.steps_per_epoch = steps_per_epoch_of(args.losses) if args.losses else 20
         if args.losses:
-            losses = read_losses(args.losses, args.steps_per_epoch)
+            losses = read_losses(args.losses, args.steps_per_epoch, args.perplexity)
         else:
             first, last = args.decay
             losses = decaying_losses(first, last, args.num_epoch, args.steps_per_epoch)

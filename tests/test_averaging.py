@@ -1,7 +1,10 @@
 """The running average of the weights, and the meta gradient at it."""
 
 import csv
+import json
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ from test_scripts import META_TEST, META_TRAIN, SMALL, call, kill_and_resume, re
 from torch import nn
 from torch.func import functional_call
 
+from data.images import Batch
 from mlr_snet import Average, hypergradient
+from training.averaging import fresh_statistics
 
 AVERAGED = [*SMALL, "--num-meta", "100", "--t-val", "2", "--meta-point", "average", "--average"]
 
@@ -22,6 +27,16 @@ def shifted_average(network, decay=0.9):
         for weight in average.weights:
             weight.add_(0.1 * torch.randn(weight.shape, dtype=weight.dtype))
     return average
+
+
+def test_a_short_last_batch_does_not_spoil_the_statistics_of_batchnorm():
+    network = nn.BatchNorm1d(3)
+    batches = [Batch(torch.randn(size, 3) + shift, None, size) for size, shift in ((8, 0), (8, 0), (3, 9))]
+    task = SimpleNamespace(train_batches=lambda start: iter(batches), steps_per_epoch=3, autocast=nullcontext)
+    with fresh_statistics(network, task):
+        expected = torch.cat([batch.inputs for batch in batches[:2]]).mean(0)
+        assert torch.allclose(network.running_mean, expected, atol=1e-6)
+    assert not network.running_mean.any()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -81,6 +96,12 @@ def test_a_killed_run_with_an_average_resumes_to_the_same_end(reference, tmp_pat
     same(results(reference), results(tmp_path / "killed"))
     one, other = (torch.load(folder / "network_average.pth") for folder in (reference, tmp_path / "killed"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_decay_of_0_is_not_taken_for_auto(tmp_path, capsys):
+    words = [*SMALL[:-4], "--num-epoch", "1", "--schedule", "fixed", "--average", "--average-decay", "0"]
+    assert call(capsys, META_TEST, *words, "--out", tmp_path).returncode == 0
+    assert json.loads((tmp_path / "args.json").read_text())["arguments"]["average_decay"] == 0
 
 
 def test_both_networks_can_be_begun_from(reference, tmp_path, capsys):

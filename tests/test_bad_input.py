@@ -38,6 +38,8 @@ OUT_OF_RANGE = [
     (META_TRAIN, ["--t-val", "often"], "not a number"),
     (META_TRAIN, ["--num-meta", "1437"], "images that can be set aside"),
     (META_TRAIN, ["--limit-train", "5000"], "--limit-train 5000"),
+    (META_TRAIN, ["--num-meta", "1430"], "holds out all"),
+    (META_TRAIN, ["--network", "densenet121", "--image-size", "4"], "--image-size 4: does not fit"),
     (META_TRAIN, ["--limit-test", "361"], "--limit-test 361"), (META_TRAIN, ["--image-size", "30000"], "memory"),
     (META_TRAIN, ["--hidden-size", "1000000"], "weights of MLR-SNet need"),
 ]

@@ -191,6 +191,7 @@ def test_without_a_place_for_the_cache_the_run_goes_on_with_one_line(
     monkeypatch.delenv("MLR_SNET_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     spoil(monkeypatch, tmp_path)
+    capsys.readouterr()
     folder_task(class_folder)
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("decoded images are not cached") and "set MLR_SNET_CACHE to" in line
@@ -205,7 +206,7 @@ def test_a_full_disk_costs_the_cache_only(class_folder, cache_folder, capsys):
         folder_task(class_folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    line, = capsys.readouterr().err.splitlines()
+    _, line = capsys.readouterr().err.splitlines()  # the first is on the split
     assert f"not cached in {cache_folder} (File too large)" in line and not list(cache_folder.iterdir())
 
 

@@ -157,6 +157,35 @@ def test_class_folders_are_read_and_resized(tmp_path, splits):
     assert len(task.test_indices) == (20 if len(splits) == 2 else 4)
 
 
+def test_a_folder_without_a_test_split_is_split_the_same_for_every_seed_and_within_each_class(class_folder, capsys):
+    for index in range(4, 10):
+        (class_folder / "train" / "dog" / f"{index}.png").unlink()
+    tasks = [folder_task(class_folder, seed=seed) for seed in (0, 1)]
+    assert torch.equal(tasks[0].test.images, tasks[1].test.images)
+    assert tasks[0].test.labels.tolist() == [0, 0, 1]  # a fifth of 10, and one of 4
+    assert "a fifth of each class" in capsys.readouterr().err
+
+
+def test_a_folder_of_train_and_val_is_tested_on_val(class_folder, capsys):
+    shutil.copytree(class_folder / "train", class_folder / "val")
+    task = folder_task(class_folder)
+    assert (len(task.train_indices), len(task.test_indices)) == (20, 20) and not capsys.readouterr().err
+
+
+def test_a_class_that_has_no_image_to_train_on_is_an_error_and_one_that_has_few_is_said(class_folder, capsys):
+    shutil.copytree(class_folder / "train", class_folder / "test")
+    for index in range(4, 10):
+        (class_folder / "train" / "dog" / f"{index}.png").unlink()
+    with pytest.raises(ValueError, match="num_meta 8: holds out all 4 images of class 1"):
+        folder_task(class_folder, num_meta=8)
+    folder_task(class_folder, num_meta=6)
+    assert "in 1 of 2 classes, such as 3 and 1 of class 1" in capsys.readouterr().err
+    for index in range(4):
+        (class_folder / "train" / "dog" / f"{index}.png").write_text("")
+    with pytest.raises(ValueError, match="class 1, counted from 0, has 10 images to test on and none to train on"):
+        folder_task(class_folder, skip_bad_images=True)
+
+
 def listed(root, **options):
     """Class and name of every image of root/train."""
     classes, samples = class_folders(root / "train", **options)
@@ -242,6 +271,15 @@ def test_folders_that_links_reach_twice_are_refused(class_folder, name, spoil):
     with pytest.raises(ValueError, match="again; remove the link") as error:
         build_task(name, class_folder, seed=0, batch_size=4, device=torch.device("cpu"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("link", ["test", "test/dog"])
+def test_a_test_split_that_is_the_training_images_is_refused(class_folder, link):
+    if "/" in link:
+        shutil.copytree(class_folder / "train" / "cat", class_folder / "test" / "cat")
+    (class_folder / link).symlink_to(class_folder / link.replace("test", "train"))
+    with pytest.raises(ValueError, match="again; remove the link"):
+        folder_task(class_folder)
 
 
 @pytest.mark.parametrize("where", ["train/mouse", "train/cat/more", "test"])

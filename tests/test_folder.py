@@ -1,5 +1,7 @@
 """A run's folder: it harms no file of the user, and a resumed run knows what it began with."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -66,6 +68,16 @@ def test_a_lock_that_is_not_ours_is_refused_and_kept(kind, tmp_path):
     with pytest.raises((ValueError, OSError), match=r"\.lock.*give another --out"):
         FolderLock(lock.parent).acquire()
     assert precious.read_text() == "the user's" and (lock.read_bytes() if lock.is_file() else None) == before
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(file, how):  # as some network file systems do
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FolderLock(tmp_path):
+        line, = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path} cannot be locked" in line
 
 
 @pytest.mark.parametrize("words", [[], ["a command", "of two\nlines"], ["not UTF-8: \udcff"]])

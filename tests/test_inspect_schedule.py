@@ -1,5 +1,7 @@
 """What inspect-schedule.py says of the shipped nets, and of a net made by hand that does react to the loss."""
 
+import importlib.util
+
 import pytest
 import torch
 from test_scripts import ROOT, call
@@ -60,6 +62,23 @@ def test_the_losses_of_a_run_are_read_and_another_file_is_refused(tmp_path, caps
     metrics.write_text("epoch,lr,train_loss\n1,0.1,2.0\n2,0.1,1.0\n3,0.1,0.5\n")
     done, printed = inspect(capsys, "--losses", tmp_path, "--steps-per-epoch", "5", "--out", tmp_path / "run.png")
     assert done.returncode == 0 and "learning rate" in printed
-    metrics.write_text("epoch,lr\n1,0.1\n")
-    done, _ = inspect(capsys, "--losses", metrics, "--out", tmp_path / "run.png")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "metrics.csv" in done.stderr
+    for text in ("epoch,lr\n1,0.1\n", "epoch,lr,train_loss\n1,0.1,2.0\n2,0.1\n",
+                 "epoch,lr,train_loss,train_ppl\n1,0.1,2.0,7.4\n"):  # the last is of a text
+        metrics.write_text(text)
+        done, _ = inspect(capsys, "--losses", metrics, "--out", tmp_path / "run.png")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "metrics.csv" in done.stderr
+
+
+def test_the_length_of_an_epoch_is_that_of_the_run(tmp_path):
+    spec = importlib.util.spec_from_file_location("inspect_schedule", INSPECT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.steps_per_epoch_of(tmp_path) == 20
+    (tmp_path / "cost.json").write_text('{"steps_per_epoch": 36}')
+    assert script.steps_per_epoch_of(tmp_path) == script.steps_per_epoch_of(tmp_path / "metrics.csv") == 36
+
+
+def test_a_run_of_one_step_shows_no_reaction(tmp_path, capsys):
+    words = ["--nets", "recommended", "--num-epoch", "1", "--steps-per-epoch", "1", "--out", tmp_path / "one.png"]
+    _, printed = inspect(capsys, *words)
+    assert reaction_percent(printed) == 0

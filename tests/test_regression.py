@@ -94,6 +94,7 @@ def test_both_scripts_train_without_classes(capsys, tmp_path, script, predict):
     (["--network", "lstm2", "--dataset", "pydoc", "--predict", "angle"], "does not apply"),
     (["--network", "lstm2", "--dataset", "pydoc", "--accumulate", "2"], "does not apply"),
     (["--network", "resnet8", "--accumulate", "0"], "at least 1"),
+    (["--network", "resnet8", "--batch-size", "16", "--accumulate", "9"], "--accumulate 9: at most 8"),
 ])
 def test_what_does_not_go_together_is_one_line(capsys, tmp_path, words, line):
     done = call(capsys, META_TEST, "--dataset", "digits", *words, "--out", tmp_path / "run")
@@ -104,7 +105,7 @@ def test_what_does_not_go_together_is_one_line(capsys, tmp_path, words, line):
 
 
 @pytest.mark.parametrize(("size", "accumulate", "sizes"), [
-    (64, 4, [16] * 4), (64, 3, [22, 21, 21]), (64, 64, [2] * 32), (64, 1, [64]), (3, 2, [3]), (5, 2, [3, 2]),
+    (64, 4, [16] * 4), (64, 3, [22, 21, 21]), (64, 32, [2] * 32), (64, 1, [64]), (3, 2, [3]), (5, 2, [3, 2]),
 ])
 def test_a_batch_is_cut_into_parts_of_at_least_two_images(size, accumulate, sizes):
     task = task_of(accumulate=accumulate, label_noise=0.3)

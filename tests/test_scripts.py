@@ -134,6 +134,12 @@ def test_a_schedule_learned_on_text_drives_an_image_network(language, tmp_path, 
     assert done.returncode == 0, done.stderr
 
 
+def test_a_batch_of_one_image_is_not_called_divergence(tmp_path, capsys):
+    words = ["--network", "resnet", "--dataset", "digits", "--limit-train", "1", "--num-epoch", "1"]
+    done = call(capsys, META_TEST, *words, "--schedule", "fixed", "--out", tmp_path)
+    assert done.returncode == 2 and "BatchNorm cannot train on a batch of one image" in done.stderr
+
+
 @pytest.mark.parametrize("schedule", ["shipped", "recommended", "learned", "multistep", "rtho"])
 def test_meta_test_runs_with_shipped_nets_with_a_runs_and_with_baselines(reference, tmp_path, schedule, capsys):
     choice = {"shipped": [], "recommended": ["--nets", "recommended"], "learned": ["--nets", reference],

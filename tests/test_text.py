@@ -47,6 +47,21 @@ def test_the_vocabulary_is_the_training_splits_and_the_rest_is_unk(tmp_path):
     assert [read.vocabulary[index] for index in read.valid] == ["<eos>", "a", "<unk>", "<eos>"]
 
 
+def test_unknown_test_tokens_are_counted_where_nothing_teaches_unk(tmp_path, capsys):
+    write_splits(tmp_path, test="a zebra\n")
+    data.text.text_folder(tmp_path, "word")
+    assert "1 of 3 test tokens are not in the training text" in capsys.readouterr().err
+    write_splits(tmp_path, train="a <unk>\n", test="a zebra\n")
+    data.text.text_folder(tmp_path, "word")
+    assert not capsys.readouterr().err
+
+
+def test_a_line_that_ends_with_eos_has_one(tmp_path):
+    write_splits(tmp_path, test="a b <eos>\nd <eos> \n")
+    read = data.text.text_folder(tmp_path, "word")
+    assert [read.vocabulary[index] for index in read.test] == ["<eos>", "a", "b", "<eos>", "d", "<eos>"]
+
+
 def test_characters_can_be_the_tokens(tmp_path):
     write_splits(tmp_path, test="a b\n")
     read = data.text.text_folder(tmp_path, "char")

@@ -250,7 +250,7 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
         raise ValueError(f"--momentum belongs to --optimizer sgd; leave it out with {args.optimizer}")
     if not keeps_average(args) and args.average_decay not in (None, "auto"):
         raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")
-    args.average_decay = args.average_decay or "auto"
+    args.average_decay = "auto" if args.average_decay is None else args.average_decay
     if not is_text and (args.predict == "noise") != (args.network == "denoiser"):
         raise ValueError("--network denoiser and --predict noise belong together; give both")
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +19,21 @@ def fresh_statistics(network: nn.Module, task: Any) -> Iterator[None]:
     """BatchNorm statistics measured anew on up to 50 training batches; restores the network's own on exit."""
     with preserved(network.buffers()):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            batches = itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch))
+            batches = _without_short(itertools.islice(task.train_batches(0), min(50, task.steps_per_epoch)))
             # Eager, for a mean over batches would be compiled anew at each of them.
             with torch.compiler.set_stance("force_eager"), task.autocast():
                 update_bn(batches, network)
             average_buffers(network)
         yield
+
+
+def _without_short(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches without a short last one, whose noisy statistics would weigh as much as those of the others."""
+    largest = 0
+    for batch in batches:
+        largest = max(largest, batch.size)
+        if 2 * batch.size >= largest:
+            yield batch
 
 
 @contextlib.contextmanager

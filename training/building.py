@@ -12,9 +12,18 @@ from data.images import ImageTask
 from data.text import TextTask
 from mlr_snet import Average
 from models import build_network
-from training.command_line import agree, end_with_launcher
+from training.command_line import agree, end_with_launcher, is_out_of_memory
 from training.folder import restore_surroundings
-from utils import autocast, built_within_memory, choose_algorithms, init_distributed, pick_device, plain, world_size
+from utils import (
+    autocast,
+    built_within_memory,
+    choose_algorithms,
+    first_line,
+    init_distributed,
+    pick_device,
+    plain,
+    world_size,
+)
 
 # What build_task takes from the flags of one modality
 IMAGE_OPTIONS = ("seed", "num_meta", "image_size", "workers", "skip_bad_images", "corruption", "severity",
@@ -66,9 +75,23 @@ def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: tor
     network = network.to(device).to(memory_format=torch.channels_last)
     if args.init and not (args.out / "checkpoint.pth").exists():
         load_weights(network, args.init)
+    if isinstance(task, ImageTask):
+        check_size(network, task.image_size, device)
     if args.compile:
         network.compile()
     return network
+
+
+@torch.no_grad()
+def check_size(network: nn.Module, image_size: int, device: torch.device) -> None:
+    """ValueError for images that are too small for the network. Leaves it in training mode."""
+    try:
+        network.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"image_size {image_size}: does not fit the network ({first_line(error)})") from None
+    network.train()
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

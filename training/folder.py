@@ -186,6 +186,10 @@ class FolderLock:
                 is_free = True
             except BlockingIOError:
                 is_free = False
+            except OSError as error:  # some network file systems have no locks
+                tqdm.write(f"warning: {self.folder} cannot be locked ({error.strerror}); keep other runs out of it",
+                           file=sys.stderr)
+                return
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             content = file.read() if is_file else b""
             if not is_file or not re.fullmatch(rb"\d*|\d+ .*", content, re.DOTALL):

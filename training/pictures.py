@@ -52,6 +52,11 @@ def columns_of(rows: list[dict[str, float]], *names: str) -> list[list[float]]:
     return [[row[name] for row in whole] for name in names]
 
 
+def draw_curve(panel: Any, points: list[list[float]], style: str, **options: Any) -> None:
+    """A line through the points, given as their x and their y, or a dot where there is one."""
+    panel.plot(*points, style, marker="o" if len(points[0]) == 1 else None, **options)
+
+
 def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
     """run.png: training and test loss, accuracy or perplexity, those of averaged weights, and LR over the epochs.
 
@@ -68,12 +73,12 @@ def draw_run(path: Path, rows: list[dict[str, float]]) -> None:
                       f"test_{column}_average": ("k-", "test, averaged weights")}
             for name, (style, title) in curves.items():
                 if name in rows[-1]:
-                    panel.plot(*columns_of(rows, "epoch", name), style, label=title)
+                    draw_curve(panel, columns_of(rows, "epoch", name), style, label=title)
             panel.set(xlabel="epoch", ylabel=label)
             if column == "r2":
                 panel.set_ylim(0, 100)  # an untrained network can explain −1000 %
             panel.legend(fontsize="small")
-        panels[2].plot(*columns_of(rows, "epoch", "lr"), "k-")
+        draw_curve(panels[2], columns_of(rows, "epoch", "lr"), "k-")
         panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
         panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
         for panel in panels:

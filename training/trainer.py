@@ -42,6 +42,7 @@ from utils import (
 )
 
 BEFORE_CHECKPOINT = ("args.json", "lr_scale.json", "lr_scale.png")  # what a run writes before its first checkpoint
+ONE_IMAGE = "more than 1 value per channel"  # torch's own words, since it has no class for this error
 FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers come to the host
 
 
@@ -164,7 +165,7 @@ class Trainer:
                 raise
             if rank() == 0 or not isinstance(error, (FloatingPointError, RanksDiffer)):  # these two hit all ranks alike
                 tqdm.write(f"{failure}; {self._last_checkpoint()}", file=sys.stderr)
-            return 2 if isinstance(error, ImageFileError) else 1
+            return 2 if isinstance(error, ValueError) else 1
         finally:
             self.lock.release()
 
@@ -201,6 +202,9 @@ class Trainer:
             return f"diverged: {error}"
         if isinstance(error, (OSError, RanksDiffer, ImageFileError)):
             return f"error: {in_flags(' '.join(str(error).split()), vars(self.args))}"
+        if isinstance(error, ValueError) and ONE_IMAGE in str(error):
+            return ("error: BatchNorm cannot train on a batch of one image; change --batch-size, --num-meta or "
+                    "--limit-train")
         if is_out_of_memory(error):
             return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
         if isinstance(error, RuntimeError) and is_lost_rank(error):
@@ -244,6 +248,8 @@ class Trainer:
         except ImageFileError:
             raise
         except ValueError as error:  # a loss that the formula of γ cannot take
+            if ONE_IMAGE in str(error):
+                raise
             raise FloatingPointError(f"{error} (step {self.step + 1})") from None
         except (OverflowError, RuntimeError) as error:
             # torch has no class of its own for a number that single precision cannot hold.

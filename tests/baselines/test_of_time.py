@@ -51,7 +51,7 @@ def torch_wsd(optimizer):
 
 ORACLES = {
     "fixed": (lambda o: lr_scheduler.ConstantLR(o, factor=1.0), False),
-    "multistep": (lambda o: lr_scheduler.MultiStepLR(o, [22, 45, 60], gamma=0.2), False),
+    "multistep": (lambda o: lr_scheduler.MultiStepLR(o, [90, 180, 240], gamma=0.2), True),
     "exponential": (lambda o: lr_scheduler.ExponentialLR(o, 0.95), False),
     "cosine": (lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS * STEPS), True),
     "sgdr": (lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 10 * STEPS, T_mult=2), True),
