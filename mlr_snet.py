@@ -258,7 +258,7 @@ def update_directions(optimizer: Optimizer, ratios: Ratios | None = None) -> Upd
     for parameter in moved:
         if parameter.is_complex() or parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise TypeError("complex parameters and sparse gradients are not supported; use dense real ones")
-    if type(optimizer) not in DIRECTIONS:
+    if moved and type(optimizer) not in DIRECTIONS:
         return _measured_directions(optimizer, list(moved), ratios)
     direction, states = partial(_direction, type(optimizer)), optimizer.state
     return {
@@ -578,6 +578,8 @@ class MLRSNetLR:
         self.changes = self._check_changes(changes)
         self.groups, self.process_group = groups, process_group
         self.ratios = lr_ratios(self.optimizer, groups)
+        if groups is not None:
+            _unshare_rates(self.optimizer)
         self.steps_taken, self.phase, self.gamma = 0, -1, math.nan  # γ is set at the first step
         self.state = self.nets[0].initial_state()
         self.fraction = self.state.new_full((), math.nan)
@@ -649,17 +651,24 @@ class MLRSNetLR:
 
         For trainers that give no access between backward() and the update, and for GradScaler: gradients are unscaled
         and clipped by then, and a step that it skips does not advance the schedule. A next_loss() of None keeps the
-        rate. Raises RuntimeError while it is attached.
+        rate. An optimizer that evaluates its closure several times gets the rate after the first. Raises RuntimeError
+        while it is attached, TypeError for LBFGS, which reads its rate before the closure.
         """
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS reads its rate before its closure: call step(loss) before optimizer.step(closure)")
         if self._is_attached():
             raise RuntimeError("the schedule is attached already: remove() the handle of the first attach()")
 
         def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            is_first = True
 
             def closure_then_rate() -> Any:
+                nonlocal is_first
                 result = closure() if closure else None
-                if not getattr(optimizer, "found_inf", 0):  # else GradScaler leaves it to a fused optimizer to skip
+                # GradScaler leaves it to a fused optimizer to skip a step.
+                if is_first and not getattr(optimizer, "found_inf", 0):
+                    is_first = False
                     loss = next_loss()
                     if loss is not None:
                         self._step(loss)
@@ -934,7 +943,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             self.average = Average(network, Average.decay_for(num_steps) if average_decay is None else average_decay)
         # Fused, so that an update that is not finite is skipped without waiting for an accelerator.
         self.adam = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-        self.adam.found_inf = torch.zeros((), device=self.state.device)  # type: ignore[attr-defined]
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=self.state.device)
         self.is_checked = False  # whether the reach of the first lookahead has been
 
     def averaged_weights(self) -> Any:
@@ -964,7 +973,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             self.adam.zero_grad()
             (slope * scale * fraction).backward()
         is_skipped = ~(slope.isfinite() & loss.isfinite())
-        self.adam.found_inf.copy_(is_skipped)  # type: ignore[attr-defined]
+        self.adam.found_inf = self.found_inf.copy_(is_skipped)  # type: ignore[attr-defined]
         self.adam.step()
         shown, is_last = on_host(is_skipped), self.steps_taken + self.t_val >= self.num_steps
         if (is_last or isinstance(shown, float)) and shown:
@@ -987,12 +996,16 @@ class MetaMLRSNetLR(MLRSNetLR):
             )
 
     def _has_scaled_gradients(self) -> bool:
-        """Whether the gradients are a hundred times as long as the averages that the optimizer keeps of them."""
+        """Whether the gradients are a hundred times as long as the averages that SGD or Adam keeps of them."""
         lengths = []
-        for parameter, state in self.optimizer.state.items():
-            average = state.get("exp_avg", state.get("momentum_buffer"))
-            if average is not None and parameter.grad is not None:
-                lengths.append(torch.stack([_whole(parameter.grad.norm()), _whole(average.norm())]))
+        for group in self.optimizer.param_groups if type(self.optimizer) in DIRECTIONS else ():
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                average, weight = state.get("momentum_buffer"), 1.0
+                if "exp_avg" in state:
+                    average, weight = state["exp_avg"], 1 - group["betas"][0] ** state["step"]
+                if average is not None and parameter.grad is not None:
+                    lengths.append(torch.stack([_whole(parameter.grad.norm()), _whole(average.norm()) / weight]))
         gradients, averages = torch.stack(lengths).norm(dim=0).tolist() if lengths else (0.0, 0.0)
         return 0 < 100 * averages < gradients
 
@@ -1145,6 +1158,16 @@ def _driven(ratios: Ratios) -> list[int]:
     return [index for index, ratio in enumerate(ratios) if ratio is not None]
 
 
+def _unshare_rates(optimizer: Optimizer) -> None:
+    """Give each group a tensor of its own, where torch has given several the one that was its rate."""
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            if id(group["lr"]) in seen:
+                group["lr"] = group["lr"].clone()
+            seen.add(id(group["lr"]))
+
+
 @torch.no_grad()
 def set_lr(optimizer: Optimizer, lr: float | Tensor, ratios: Ratios | None = None) -> None:
     """Give each parameter group its ratio of `lr` (default: lr_ratios); one of None keeps its rate.
@@ -1234,33 +1257,41 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, gradients, optimizer state, options and random generators bit for bit; yields copies by tensor.
 
-    Of the optimizer's own attributes, numbers and tensors are restored. Inside, a fused optimizer does not divide its
-    gradients by the scale of a GradScaler that is stepping it.
+    Of the optimizer's own attributes, numbers, tensors and optimizers, such as the one that it wraps, are restored.
+    Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
     """
-    options = vars(optimizer)
-    scaling: Options = {name: options.pop(name) for name in ("grad_scale", "found_inf") if name in options}
+    scaling: Options = {name: vars(optimizer).pop(name) for name in ("grad_scale", "found_inf")
+                        if name in vars(optimizer)}
+    optimizers = [optimizer]
+    for one in optimizers:
+        optimizers += [own for own in vars(one).values() if isinstance(own, Optimizer) and own not in optimizers]
     gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
     # One that was frozen and keeps its gradient still moves.
     weights = [weight for weight in parameters_of(optimizer) if weight.requires_grad or weight.grad is not None]
-    attributes = {name: value for name, value in options.items() if isinstance(value, (int, float, Tensor))}
-    entries = [*optimizer.state.values(), *optimizer.param_groups]
-    tensors = [value for entry in (*entries, attributes) for value in entry.values() if isinstance(value, Tensor)]
+    attributes = [
+        {name: value for name, value in vars(one).items() if isinstance(value, (int, float, Tensor))}
+        for one in optimizers
+    ]
+    entries = [entry for one in optimizers for entry in (*one.state.values(), *one.param_groups)]
+    tensors = [value for entry in (*entries, *attributes) for value in entry.values() if isinstance(value, Tensor)]
     before = [{name: value if _stays(value) else copy.deepcopy(value) for name, value in entry.items()}
               for entry in entries]
-    states = dict(optimizer.state)
+    states = [dict(one.state) for one in optimizers]
     devices = {weight.device for weight in weights if weight.device.type != "cpu"}
     kind = next(iter(devices)).type if devices else "cuda"
     with torch.random.fork_rng(devices, device_type=kind), preserved([*weights, *gradients, *tensors]) as copies:
         try:
             yield copies
         finally:
-            optimizer.state.clear()
-            optimizer.state.update(states)
+            for one, state, numbers in zip(optimizers, states, attributes, strict=True):
+                one.state.clear()
+                one.state.update(state)
+                vars(one).update(numbers)
             for entry, values in zip(entries, before, strict=True):
                 for name in entry.keys() - values.keys():
                     del entry[name]
                 entry.update(values)
-            options.update(scaling | attributes)
+            vars(optimizer).update(scaling)
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -125,8 +125,9 @@ def measure_lr_scale(
     budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
     Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
-    no hooks of the optimizer. With several ranks all of them find the same scale. Where the range test does not fall
-    clearly, the scale is the guess or, if lower, c · the rate at which the range test blows up.
+    no hooks of the optimizer. `network` is a ModuleList where next_loss runs several modules, as where a generator
+    is trained by a critic: what it lacks keeps the trials' gradients and statistics. All ranks find the same scale.
+    Where the range test does not fall clearly, it is the guess or, if lower, c · the rate at which that test blows up.
 
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.

@@ -1,5 +1,6 @@
 """What the lookahead, trial steps and the measurement may not change, in networks and optimizers of all kinds."""
 
+import copy
 import warnings
 
 import pytest
@@ -278,3 +279,146 @@ def test_a_rate_in_a_tensor_is_rounded_to_its_own_precision_only(dtype):
     optimizer = Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5, dtype=dtype))
     set_lr(optimizer, 0.1)
     assert torch.equal(optimizer.param_groups[0]["lr"], torch.tensor(0.1, dtype=dtype))
+
+
+class Wrapping(Optimizer):
+    """Leaves the update to an optimizer of its own, as Lookahead does, and every third time returns to slow weights."""
+
+    def __init__(self, parameters):
+        self.inner = Adam(parameters, lr=0.1)
+        super().__init__(self.inner.param_groups, {})
+        self.inner.param_groups = self.param_groups
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.calls += 1
+        for weight in self.param_groups[0]["params"]:
+            slow = self.state[weight].setdefault("slow", weight.clone())
+            if self.calls % 3 == 0:
+                weight.copy_(slow.lerp_(weight, 0.5))
+
+
+@pytest.mark.parametrize("num_steps", [0, 4])
+@pytest.mark.parametrize("how", ["lookahead", "measuring"])
+def test_the_optimizer_inside_an_optimizer_is_restored(how, num_steps):
+    def trained():
+        torch.manual_seed(0)
+        network = nn.Linear(4, 1)
+        optimizer = Wrapping(network.parameters())
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            loss_of(network).backward()
+            optimizer.step()
+        return network, optimizer
+
+    (network, optimizer), (expected, twin) = trained(), trained()
+    act(how, network, optimizer)
+    for other, one in ((network, optimizer), (expected, twin)):
+        for _ in range(4):
+            one.zero_grad()
+            loss_of(other).backward()
+            one.step()
+    assert torch.equal(network.weight, expected.weight)
+    assert optimizer.inner.state[network.weight]["step"] == num_steps + 4
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_a_rate_that_groups_share_in_one_tensor_is_set_for_the_driven_ones_only(kind):
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = kind([{"params": part.parameters()} for part in network], lr=torch.tensor(0.001))
+    schedule = MLRSNetLR(optimizer, "recommended", 100, gamma=0.2, groups=[0])
+    loss_of(network).backward()
+    schedule.step(1.0)
+    driven, other = schedule.get_last_lr()
+    assert driven > 0.05 and other == 0.001
+
+
+def test_a_closure_that_is_evaluated_several_times_advances_an_attached_schedule_once():
+    class Twice(Optimizer):
+        def step(self, closure=None):
+            closure()
+            return closure()
+
+    network = nn.Linear(4, 1)
+    optimizer = Twice(network.parameters(), {"lr": 0.1})
+    schedule = MLRSNetLR(optimizer, "recommended", 10, gamma=0.2)
+    schedule.attach(lambda: 1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(network)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert schedule.steps_taken == 1
+
+
+def test_lbfgs_is_not_attached_to_since_it_reads_its_rate_first():
+    schedule = MLRSNetLR(torch.optim.LBFGS(nn.Linear(4, 1).parameters()), "recommended", 10, gamma=0.2)
+    with pytest.raises(TypeError, match=r"call step\(loss\) before optimizer.step\(closure\)"):
+        schedule.attach(lambda: 1.0)
+
+
+class TinyMoments(Optimizer):
+    """Keeps averages of tiny multiples of its gradients, as Prodigy does."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "betas": (0.9, 0.999)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            average = self.state[weight].setdefault("exp_avg", torch.zeros_like(weight))
+            average.lerp_(1e-6 * weight.grad, 0.1)
+            weight.sub_(weight.grad, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("make", [TinyMoments, lambda parameters: Adam(parameters, betas=(0.999, 0.999))])
+def test_averages_that_are_small_are_no_sign_of_scaled_gradients(make):
+    network = nn.Linear(4, 1)
+    optimizer = make(network.parameters())
+    schedule = MetaMLRSNetLR(optimizer, MLRSNet(), network, lambda: loss_of(network, 1.0), 10, t_val=2, gamma=1e-3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = loss_of(network)
+        loss.backward()
+        schedule.step(loss)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_net_learns_under_another_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        network = nn.Linear(4, 1)
+        data = INPUTS.to(dtype)
+        optimizer = SGD(network.parameters(), lr=0.1)
+        net = MLRSNet()
+        before = net.layer3.bias.clone()
+        schedule = MetaMLRSNetLR(optimizer, net, network, lambda: network(data).square().mean(), 10, t_val=1, gamma=0.2)
+        network(data).square().mean().backward()
+        schedule.step(1.0)
+        assert not torch.equal(net.layer3.bias, before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_copy_of_network_optimizer_and_schedule_learns_on():
+    network = nn.Linear(4, 1)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    schedule = MetaMLRSNetLR(optimizer, MLRSNet(), network, Loss(network), 10, t_val=1, gamma=0.2)
+    network, optimizer, schedule = copy.deepcopy((network, optimizer, schedule))
+    loss_of(network).backward()
+    schedule.step(1.0)
+    assert schedule.steps_taken == 1
+
+
+class Loss:
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self):
+        return loss_of(self.network, 1.0)
