@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mlr_snet import MLRSNetLR
 
@@ -47,6 +48,7 @@ class MLRSNetCallback(Callback):
         self.make_schedule = make_schedule
         self.schedule: MLRSNetLR | None = None
         self.saved: dict[str, Any] = {}
+        self.handle: RemovableHandle | None = None
         self.losses: list[Tensor] = []  # of the micro-batches since the last step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,8 +98,13 @@ class MLRSNetCallback(Callback):
         if self.schedule:
             pl_module.log("lr", self.schedule.get_last_lr()[0])
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizer, which another fit() may use."""
+        if self.handle:
+            self.handle.remove()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.schedule:
+        if stage == "fit" and self.schedule and self.handle:
             self.handle.remove()
             self.saved = self.schedule.state_dict()  # for another fit() of this trainer, which goes on
 

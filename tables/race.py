@@ -100,7 +100,7 @@ class CellRun:
         """Whether the folder holds a run with other flags, as far as its args.json tells."""
         try:
             started = json.loads(read_text(self.folder / "args.json") or "{}").get("command")
-            return started is not None and started[1 : 1 + len(self.command[1:])] != self.command[1:]
+            return started is not None and sorted(started[1 : len(self.command)]) != sorted(self.command[1:])
         except (ValueError, AttributeError, TypeError):
             return False  # damaged: the run says so
 

@@ -49,8 +49,11 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
     ends = ""
     if num_ends:
         ends = f" On {num_ends} problems the best peak is an end of its grid: a wider one may hold a better."
+    unmarked = [peak["group"] for peak in peaks if "best_peak" not in peak]
+    left_out = f" Left out, since every cosine of the grid diverged there: {', '.join(unmarked)}." if unmarked else ""
     return [
-        f"Regret over {len(peaks)} problems, of the live weights:", "", *markdown(_rows(summaries, highlight)),
+        f"Regret over {len(peaks) - len(unmarked)} problems, of the live weights:{left_out}", "",
+        *markdown(_rows(summaries, highlight)),
         *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
         "Regret is in points of accuracy, for regression of explained variance, behind the best of a grid of cosines, "
         "or per cent of its perplexity; the best is picked on test data. Brackets hold 95 % of the means over "

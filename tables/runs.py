@@ -88,7 +88,8 @@ def _set(namespace: dict[str, Any]) -> dict[str, Any]:
     """The arguments of args.json that are set, by the names of their flags."""
     named = {name.replace("_", "-"): value for name, value in namespace.items()}
     return {
-        name: value for name, value in named.items() if name not in NOT_ARGUMENTS and value not in (None, False)
+        name: value for name, value in named.items()
+        if name not in NOT_ARGUMENTS and value is not None and value is not False
     }
 
 

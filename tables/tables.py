@@ -27,7 +27,7 @@ from specs import TABLES
 from writing import read_jsonl, write_index
 
 from training.command_line import Parser, folder, number, show_safely, user_errors
-from training.folder import FolderLock
+from training.folder import FolderLock, read_record
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "seed": "use --seeds N for the seeds 0 to N - 1",
@@ -138,8 +138,13 @@ def check_lines(args: argparse.Namespace) -> None:
 
 
 def check_cells(cells: list[Cell]) -> None:
-    """ValueError with a script's own line where it refuses the arguments of a cell."""
+    """ValueError where two lines have become one, where one ends without a test, and with a script's own line where it
+    refuses the arguments of a cell.
+    """
     parsers: dict[str, Any] = {}
+    places = [(cell.problem, line, cell.method.name, cell.seed) for cell in cells for line in cell.lines]
+    if len(set(places)) < len(places):
+        raise ValueError("--set makes two lines of the table one; leave out what they differ in")
     with tempfile.TemporaryDirectory() as empty:
         for cell in cells:
             script = cell.method.script
@@ -153,6 +158,10 @@ def check_cells(cells: list[Cell]) -> None:
                 lines = errors.getvalue().strip().splitlines() or ["error: an argument that prints help and exits"]
                 reason = lines[-1].split("error: ", 1)[-1]
                 raise ValueError(f"{cell.method.name} on {cell.problem}: {reason}") from None
+            every = int(cell.arguments.get("test-every", 1))
+            untested = [length for length in cell.lines.values() if length % every and length < cell.num_epochs]
+            if untested:
+                raise ValueError(f"test-every {every}: a line ends after {untested[0]} epochs, without a test there")
 
 
 def load_script(name: str) -> Any:
@@ -189,6 +198,7 @@ def run_table(args: argparse.Namespace, command: str) -> int:
     with FolderLock(out):
         (out / "runs").mkdir(exist_ok=True)
         _tell_replaced(out, cells)
+        _tell_moved(out, cells)
         print(f"runs in {out}: {len(cells)}", file=sys.stderr)
         race = Race(cells, out / "runs")
         if args.slurm:
@@ -220,6 +230,20 @@ def _tell_replaced(out: Path, cells: list[Cell]) -> None:
     if is_replaced:
         print(f"replacing the page of {header['command']} (its runs stay, so that it is quickly written again; --out "
               "keeps both)", file=sys.stderr)
+
+
+def _tell_moved(out: Path, cells: list[Cell]) -> None:
+    """Say so where runs of the table had their data in another folder: these may be other data."""
+    moved: dict[str, str] = {}
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # not begun
+            before = str(read_record(out / "runs" / cell.name).get("data_root"))
+            now = str(Path(cell.arguments.get("data-root", before)).absolute())
+            if now != before:
+                moved[before] = now
+    for before, now in moved.items():
+        print(f"warning: runs in {out} read {before}, and {now} is given now; if these data differ, give another --out",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys, mo
     arguments = ["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "digits8"]
     assert calibrate.main(arguments) == 0
     before = (tmp_path / "out" / "runs.jsonl").read_bytes()
+    with (tmp_path / "out" / "runs.jsonl").open("a") as file:
+        file.write('{"problem":"dig')  # as a kill leaves it
     page = (tmp_path / "out" / "README.md").read_text()
     assert calibrate.main(arguments) == 0
     assert (tmp_path / "out" / "runs.jsonl").read_bytes() == before
@@ -43,6 +45,12 @@ def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys, mo
     rows = read_csv(tmp_path / "out" / "table.csv")
     assert [row["steps"] for row in rows] == ["300", "100", "100", "300"]
     assert read_jsonl(tmp_path / "out" / "runs.jsonl")[0]["study"] == "calibrate"
+
+
+def test_a_word_that_is_in_no_problem_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        calibrate.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "nothing"])
+    assert exit.value.code == 2 and "--only nothing: is in the name of no problem" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there_is_one_line_and_status_2(tmp_path, capsys):

@@ -154,6 +154,22 @@ def test_a_second_fit_of_the_same_trainer_continues_the_schedule(tmp_path):
     assert_equal(expected, run_of(module.network, callback.schedule, module.rates))
 
 
+@pytest.mark.parametrize("same_callback", [True, False])
+def test_a_fit_that_an_error_has_ended_leaves_the_optimizer(tmp_path, same_callback):
+    class Failing(Digits):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 3 and not self.has_failed:
+                self.has_failed = True
+                raise OSError("a disk went away")
+
+    module, callback = Failing(has_failed=False), MLRSNetCallback(recorded)
+    for number in range(2):
+        callback = callback if same_callback else MLRSNetCallback(recorded)
+        with contextlib.nullcontext() if number else pytest.raises(OSError):
+            trainer_in(tmp_path, max_epochs=1, callbacks=[callback]).fit(module, Loader())
+    assert callback.schedule.steps_taken == len(Loader())
+
+
 def test_a_callback_that_drove_another_run_starts_anew_beside_a_new_trainer(tmp_path):
     module, callback, _ = fit(tmp_path, max_epochs=1)
     losses = callback.schedule.losses

@@ -68,6 +68,16 @@ def test_a_cell_that_holds_another_ones_files_is_refused(two, with_status):
     assert not run.is_done and "holds another run; move it away" in run()
 
 
+def test_a_run_that_was_stopped_resumes_under_its_arguments_in_another_order(two):
+    cells, folder = two
+    (folder / cells[0].name / "status.json").unlink()
+    script, *flags, seed, number = cells[0].command
+    pairs = " ".join(flags).split(" --")
+    turned = " --".join([pairs[0], *pairs[:0:-1]]).split()
+    run = CellRun(cells[0].name, [script, *turned, seed, number], folder / cells[0].name, 1, cells[0].num_epochs)
+    assert run.command != cells[0].command and run() == "" and run.is_done
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"status": "done"}', '{"cell": 3, "status": "diverged", "epochs": 2}', "{"]
 )

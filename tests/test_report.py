@@ -110,6 +110,14 @@ def test_the_page_of_regrets_and_the_best_peaks_beside_the_measured_rates(two_pr
     assert (tmp_path / "regret.png").stat().st_size > 5_000
 
 
+def test_a_problem_on_which_no_cosine_of_the_grid_finished_is_named_as_left_out(two_problems, tmp_path):
+    for run in two_problems:
+        if run.method.startswith("cosine 0") and run.problem == "gpt pydoc":
+            del run.rows[1:]
+    page = "\n".join(regret_of(tmp_path, two_problems, summarise(two_problems, None), []))
+    assert "Regret over 1 problems" in page and "Left out" in page and "there: gpt pydoc, AdamW." in page
+
+
 def test_an_interval_comes_from_problems_and_from_seeds():
     assert interval([[3.0, 3.0], [3.0]]) == (3.0, 3.0)
     low, high = interval([[0.0], [6.0]])  # both problems are the first one in a quarter of the resamples

@@ -92,6 +92,18 @@ def test_a_page_whose_runs_another_command_leaves_out_is_told(tables, tmp_path, 
     assert "replacing the page of python tables/tables.py --table first" in capsys.readouterr().err
 
 
+def test_a_table_whose_runs_read_another_folder_says_so(tables, tmp_path, monkeypatch, capsys):
+    cells = cells_of(TABLES["own"], "smoke", 1, ["fixed"], {"data-root": "data"})
+    place = tmp_path / "runs" / cells[0].name
+    place.mkdir(parents=True)
+    (place / "args.json").write_text(json.dumps({"arguments": {"data_root": str(tmp_path / "a" / "data")}}))
+    for name, is_said in (("a", False), ("b", True)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        tables._tell_moved(tmp_path, cells)
+        assert bool(capsys.readouterr().err) == is_said
+
+
 # --slow runs the smoke of every table, with all its methods.
 def test_the_smoke_of_a_table_runs_and_draws(tmp_path, image_folder):
     check("sizes", tmp_path, image_folder, every=False)
@@ -246,6 +258,8 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "own", "--set", "out=x"], "--set out: use --out"),
     (["--table", "own", "--set", "resume="], "--set resume: leave it out"),
     (["--table", "sizes", "--set", "lr=0.2"], "--set lr: the method 'cosine (measured)' sets it"),
+    (["--table", "epochs", "--only", "fixed", "--set", "test-every=4"], "test-every 4: a line ends after 10 epochs"),
+    (["--table", "untuned", "--set", "tokens=word"], "--set makes two lines of the table one"),
     (["--table", "own", "--set", "colour=red"], "unrecognized arguments: --colour red"),
     (["--table", "own", "--set", "batch-size=0"], "--batch_size: 0: must be at least 1"),
     (["--table", "own", "--set", "wd="], "--wd: expected one argument"),

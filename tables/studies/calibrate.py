@@ -43,6 +43,7 @@ from studies.calibration_problems import (
 )
 from training.command_line import show_safely, user_errors
 from training.folder import provenance
+from utils import write_atomically
 
 TRIAL_STEPS = 15
 TRACE_SEEDS, JUDGE_SEEDS = 5, 10  # whole runs have one
@@ -60,6 +61,9 @@ class Cache:
         self.path = path
         if not path.exists():
             write_jsonl(path, [header])
+        content = path.read_text()
+        if not content.endswith("\n"):  # a kill has cut the last line short
+            write_atomically(path, content[: content.rfind("\n") + 1].encode())
         self.header, *rows = read_jsonl(path)
         self.rows = {tuple(row[name] for name in KEY): row for row in rows}
 
@@ -343,13 +347,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     command = shlex.join(["python", "tables/studies/calibrate.py", *(argv if argv is not None else sys.argv[1:])])
     with user_errors(args):
+        chosen = [problem for problem in PROBLEMS if args.only in problem.name]
+        if not chosen:
+            raise ValueError(f"only {args.only}: is in the name of no problem")
         args.out.mkdir(parents=True, exist_ok=True)
         header = {"study": "calibrate", **provenance(args), "command": command}
         cache = Cache(args.out / "runs.jsonl", header)
         loaded: dict[tuple[str, int], Data] = {}
-        for problem in PROBLEMS:
-            if args.only not in problem.name:
-                continue
+        for problem in chosen:
             key = problem.data, problem.size
             if key not in loaded:
                 loaded[key] = load_data(args.data_root, *key)
