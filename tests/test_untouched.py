@@ -422,3 +422,41 @@ class Loss:
 
     def __call__(self):
         return loss_of(self.network, 1.0)
+
+
+class SharpnessAware(Optimizer):
+    """The usual two steps of SAM around a base optimizer."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.base_optimizer = SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["old"] = weight.clone()
+            weight.add_(weight.grad, alpha=0.05)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight.copy_(self.state[weight]["old"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_schedule_drives_the_base_optimizer_of_sam():
+    network = nn.Linear(4, 1)
+    optimizer = SharpnessAware(network.parameters())
+    schedule = MLRSNetLR(optimizer.base_optimizer, "recommended", 10, gamma=0.2, cooldown=0.2)
+    for _ in range(10):
+        loss = loss_of(network)
+        loss.backward()
+        schedule.step(loss)
+        optimizer.first_step()
+        loss_of(network).backward()
+        optimizer.second_step()
+    assert schedule.steps_taken == 10 and 0 < schedule.get_last_lr()[0] < 0.06
