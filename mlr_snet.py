@@ -1242,8 +1242,13 @@ def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
 
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Every .grad is None inside the block, and what it was after it."""
+    """Every .grad is None inside the block, and what it was after it.
+
+    RuntimeError where one is a view, as DDP's buckets make them, which a backward pass through DDP would overwrite.
+    """
     gradients = {parameter: parameter.grad for parameter in parameters}
+    if any(gradient is not None and gradient._is_view() for gradient in gradients.values()):
+        raise RuntimeError("gradients are views of DDP's buckets: build DDP without gradient_as_bucket_view=True")
     for parameter in gradients:
         parameter.grad = None
     try:

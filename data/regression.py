@@ -54,8 +54,10 @@ class RegressionTask(ImageTask):
 
     def sums(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The sums over the images of the squared error and of what is explained, 0-d; both are means over outputs."""
+        counts = ~targets.flatten(1).isnan().any(1)
+        if not counts.all():  # before the square, whose gradient would be NaN, too
+            outputs, targets = outputs[counts], targets[counts]
         errors = (outputs.float() - targets).square().flatten(1).mean(1)
-        errors = errors[~errors.isnan()] if targets.isnan().any() else errors
         return errors.sum(), (1 - errors).sum()
 
     def _batches(self, split: Split, plan: Plan) -> Iterator[Batch]:

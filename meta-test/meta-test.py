@@ -71,6 +71,8 @@ def _check_schedule(parser: Parser, args: argparse.Namespace, given: set[str]) -
         parser.error(f"{schedule} needs images to validate on; set some aside with --num-meta 1000")
     if args.optimizer not in baseline.usual_lr:
         parser.error(f"{schedule} works with --optimizer {' or '.join(baseline.usual_lr)}, not {args.optimizer}")
+    if baseline.second_order and args.compile:
+        parser.error(f"{schedule} differentiates twice, which torch.compile cannot; leave --compile out")
     if baseline.own_direction and args.momentum:
         parser.error(f"{schedule} brings its own direction; use --momentum 0")
 

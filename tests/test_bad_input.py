@@ -74,6 +74,7 @@ TOGETHER = [
     (META_TEST, ["--schedule", "val"], "--num-meta"), (META_TEST, ["--schedule", "rtho"], "--num-meta"),
     (META_TEST, ["--schedule", "rtho", "--num-meta", "20", "--optimizer", "adam"], "--optimizer sgd, not adam"),
     (META_TEST, ["--schedule", "l4mom", "--momentum", "0.9"], "use --momentum 0"),
+    (META_TEST, ["--schedule", "rtho", "--num-meta", "20", "--compile"], "leave --compile out"),
     (META_TEST, ["--schedule", "prodigy"], "works with --optimizer adam or adamw, not sgd"),
     (META_TEST, ["--schedule", "prodigy", "--lr", "measured"], "finds its rate itself"),
     (META_TRAIN, ["--corruption", "nonsense"], "nonsense"), (META_TRAIN, ["--severity", "9"], "at most 5"),

@@ -155,3 +155,10 @@ def test_a_killed_regression_in_micro_batches_resumes_to_the_same_end(capsys, tm
     assert call(capsys, META_TRAIN, *words, "--out", tmp_path / "whole").returncode == 0
     kill_and_resume(words, tmp_path / "killed", signal.SIGKILL)
     same(results(tmp_path / "whole"), results(tmp_path / "killed"))
+
+
+def test_an_image_that_does_not_count_gives_no_gradient():
+    outputs = torch.ones(3, 2, requires_grad=True)
+    targets = torch.tensor([[0.0, 0.0], [float("nan")] * 2, [2.0, 2.0]])
+    task_of(predict="angle").sums(outputs, targets)[0].backward()
+    assert outputs.grad.tolist() == [[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]

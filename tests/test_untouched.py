@@ -460,3 +460,17 @@ def test_a_schedule_drives_the_base_optimizer_of_sam():
         loss_of(network).backward()
         optimizer.second_step()
     assert schedule.steps_taken == 10 and 0 < schedule.get_last_lr()[0] < 0.06
+
+
+@pytest.mark.parametrize("how", ["lookahead", "measuring"])
+def test_gradients_in_the_buckets_of_ddp_are_refused(how):
+    network = nn.Linear(4, 1)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    bucket = torch.ones(4)
+    network.weight.grad = bucket.view(1, 4)
+    network.bias.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="without gradient_as_bucket_view"):
+        if how == "lookahead":
+            hypergradient(network, optimizer, 0.1, lambda: loss_of(network))
+        else:
+            act(how, network, optimizer)
