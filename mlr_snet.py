@@ -137,7 +137,7 @@ def load_schedules(nets: str | Sequence[str | Path] = "recommended") -> list[MLR
     Raises ValueError as load_schedule does, and where the shipped nets are not found: they lie in `meta-test` of a
     clone, in the wheel, or in a folder `mlr_snet_nets` beside a copy of this file.
     """
-    if not isinstance(nets, str):
+    if not isinstance(nets, (str, Path)):
         return [load_schedule(path) for path in nets]
     if nets not in SHIPPED:
         raise ValueError(f"nets {nets!r}: give load_schedules([{nets!r}]) for a file, or one of {', '.join(SHIPPED)}")
@@ -156,16 +156,20 @@ def load_schedules(nets: str | Sequence[str | Path] = "recommended") -> list[MLR
 # ---------------------------------------------------------------------------------------------- the LR scale, γ
 
 
+class ScaleError(ValueError):
+    """A loss from which the formula of γ gives no scale."""
+
+
 def lr_scale(loss: float, num_classes: int) -> float:
     """γ, the largest rate a schedule may give: √L · max(|ln(L·C)|, 1) / C^¼ / 4.
 
     loss is the mean training loss L (language models: the perplexity), num_classes is C (the size of the vocabulary).
-    Raises ValueError where L is not positive and finite, or C is not a whole number of at least 1.
+    Raises ScaleError where L is not positive and finite, ValueError where C is not a whole number of at least 1.
     Source: the authors' meta_train.py and meta_test.py.
     """
     _check_count("num_classes", num_classes)
     if not (math.isfinite(loss) and loss > 0):
-        raise ValueError(f"the formula of the LR scale needs a positive and finite loss, got {loss}; {_GIVE_A_NUMBER}")
+        raise ScaleError(f"the formula of the LR scale needs a positive and finite loss, got {loss}; {_GIVE_A_NUMBER}")
     # Deviation: the floor of 1. Without it γ crosses zero at L = 1/C and training stops there.
     return math.sqrt(loss) * max(abs(math.log(loss * num_classes)), 1.0) / num_classes**0.25 / 4
 
@@ -446,7 +450,9 @@ def hypergradient(
         """Turn a gradient into its inner product with d_t: all gradients at once would be a copy of the network."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        term = _whole(update[parameter](weights[parameter]).mul_(gradient).sum())
+        direction = update[parameter](weights[parameter])
+        precise = torch.promote_types(direction.dtype, torch.float32)  # 16 bits would round small products to 0
+        term = _whole(direction.to(precise).mul_(gradient).sum())
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
     with ExitStack() as stack:
@@ -561,8 +567,8 @@ class MLRSNetLR:
         scale_loss: Callable[[], float] | None = None,
         process_group: Any = None,
     ):
-        if isinstance(nets, (str, MLRSNet)):
-            nets = load_schedules(nets) if isinstance(nets, str) else [nets]
+        if isinstance(nets, (str, Path, MLRSNet)):
+            nets = [nets] if isinstance(nets, MLRSNet) else load_schedules(nets)
         self.optimizer, self.nets = unwrapped(optimizer), list(nets)
         self.num_steps = _check_count("num_steps", num_steps)
         if isinstance(self.optimizer, torch.optim.Rprop):
@@ -887,7 +893,7 @@ class MLRSNetLR:
         if not math.isfinite(level):
             return math.nan
         if level > LARGEST_LOSS:
-            raise ValueError(f"a loss of {level:g} is no cross-entropy, as the formula of γ needs; {_GIVE_A_NUMBER}")
+            raise ScaleError(f"a loss of {level:g} is no cross-entropy, as the formula of γ needs; {_GIVE_A_NUMBER}")
         return math.exp(level) if self.perplexity else level
 
 

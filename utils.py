@@ -20,7 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from mlr_snet import all_reduce_mean
 
 ROOT = Path(__file__).resolve().parent
-COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # of training, evaluation apart; in cost.json
+COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # in cost.json; only the passes leave evaluation out
 
 # ---------------------------------------------------------------------------------------------- torchrun's ranks
 

@@ -93,13 +93,13 @@ def read_losses(path: Path, steps_per_epoch: int, perplexity: bool) -> Tensor:
     return torch.tensor(losses).repeat_interleave(steps_per_epoch)
 
 
-def steps_per_epoch_of(run: Path) -> int:
+def steps_per_epoch_of(run: Path | None) -> int:
     """Those in the cost.json of a run's folder; 20 where there is none. ValueError for another file."""
-    path = (run if run.is_dir() else run.parent) / "cost.json"
+    path = (run if run.is_dir() else run.parent) / "cost.json" if run else None
+    if not path or not path.exists():
+        return 20
     try:
         return int(json.loads(path.read_text())["steps_per_epoch"])
-    except OSError:
-        return 20
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the costs of a run ({type(error).__name__})") from None
 
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         nets = load_schedules(files)
         names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
         if args.steps_per_epoch is None:
-            args.steps_per_epoch = steps_per_epoch_of(args.losses) if args.losses else 20
+            args.steps_per_epoch = steps_per_epoch_of(args.losses)
         if args.losses:
             losses = read_losses(args.losses, args.steps_per_epoch, args.perplexity)
         else:

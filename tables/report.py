@@ -67,7 +67,8 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
         lines = [f"{members[0]['title']}:", "", *markdown(_one_line(members, published.get(groups[0], {})))]
         notes.append("Best epochs are picked on test data.")
         if _any_has(records, "relative_seconds"):
-            notes.append("Time, passes and memory are relative to fixed (text: sgd+val), and leave evaluation out.")
+            notes.append("Time, passes and memory are relative to fixed (text: sgd+val). "
+                         "Only time and passes leave evaluation out.")
     else:
         lines = []
         for name, weights in {"last": "after the last epoch", "average": "of the averaged weights"}.items():

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,12 @@ def test_nets_are_a_list_one_net_or_the_name_of_a_shipped_set(nets):
     schedule = MLRSNetLR(one_weight_sgd(), nets, 9, num_classes=10)
     assert len(schedule.nets) == (3 if nets == "paper" else 1)
     rates(schedule, [2.3] * 9)
+
+
+@pytest.mark.parametrize("nets", ["schedule.pth", Path("schedule.pth")])
+def test_a_file_in_place_of_a_list_of_nets_is_answered_with_the_call_that_reads_it(nets):
+    with pytest.raises(ValueError, match=r"give load_schedules\(\["):
+        MLRSNetLR(one_weight_sgd(), nets, 9, num_classes=10)
 
 
 def test_fewer_steps_than_nets_are_refused():

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from baselines import SCHEDULES
 from data.text import pydoc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +140,12 @@ def test_a_batch_of_one_image_is_not_called_divergence(tmp_path, capsys):
     words = ["--network", "resnet", "--dataset", "digits", "--limit-train", "1", "--num-epoch", "1"]
     done = call(capsys, META_TEST, *words, "--schedule", "fixed", "--out", tmp_path)
     assert done.returncode == 2 and "BatchNorm cannot train on a batch of one image" in done.stderr
+
+
+def test_a_bug_in_a_rival_is_not_called_divergence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(SCHEDULES["fixed"], "factor", lambda self, epoch: math.log(epoch))
+    with pytest.raises(ValueError, match="math domain error|expected a positive input"):
+        call(capsys, META_TEST, *SMALL, "--schedule", "fixed", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("schedule", ["shipped", "recommended", "learned", "multistep", "rtho"])

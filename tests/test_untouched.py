@@ -474,3 +474,15 @@ def test_gradients_in_the_buckets_of_ddp_are_refused(how):
             hypergradient(network, optimizer, 0.1, lambda: loss_of(network))
         else:
             act(how, network, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_of_16_bits_do_not_round_the_hypergradient_to_0(dtype):
+    def slope(kind):
+        torch.manual_seed(0)
+        network, data = nn.Linear(4, 1).to(kind), INPUTS.to(kind)
+        optimizer = SGD(network.parameters(), lr=0.1)
+        (1e-4 * network(data).square().mean()).backward()
+        return float(hypergradient(network, optimizer, 0.1, lambda: 1e-4 * network(data).square().mean()))
+
+    assert slope(dtype) == pytest.approx(slope(torch.float64), rel=0.05)

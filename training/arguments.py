@@ -124,7 +124,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", "--batch_size", type=positive, metavar="N",
         help="per step, over all ranks (default: images 128, text 32)")
     add("--accumulate", type=number(int, 1, 2**31 - 1), metavar="N",
-        help="take each batch of images in N micro-batches, which needs less memory (default: 1)")
+        help="take each batch of images in N micro-batches, which needs less memory; the meta batch stays whole "
+        "(default: 1)")
     add("--test-every", type=positive, default=1, metavar="N",
         help="evaluate on the test data after every N-th epoch, and the last (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",

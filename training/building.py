@@ -12,7 +12,7 @@ from data.images import ImageTask
 from data.text import TextTask
 from mlr_snet import Average
 from models import build_network
-from training.command_line import agree, end_with_launcher, is_out_of_memory
+from training.command_line import agree, end_with_launcher
 from training.folder import restore_surroundings
 from utils import (
     autocast,
@@ -72,24 +72,22 @@ def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: tor
         sizes = {"image_size": task.image_size}
     torch.manual_seed(args.seed)
     network = built_within_memory(partial(build_network, args.network, task.num_outputs, **sizes), args.network)
+    if isinstance(task, ImageTask):
+        check_size(network, task.image_size)
     network = network.to(device).to(memory_format=torch.channels_last)
     if args.init and not (args.out / "checkpoint.pth").exists():
         load_weights(network, args.init)
-    if isinstance(task, ImageTask):
-        check_size(network, task.image_size, device)
     if args.compile:
         network.compile()
     return network
 
 
 @torch.no_grad()
-def check_size(network: nn.Module, image_size: int, device: torch.device) -> None:
-    """ValueError for images that are too small for the network. Leaves it in training mode."""
+def check_size(network: nn.Module, image_size: int) -> None:
+    """ValueError for images that are too small for the network, on the CPU. Leaves it in training mode."""
     try:
-        network.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+        network.eval()(torch.zeros(1, 3, image_size, image_size))
     except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
         raise ValueError(f"image_size {image_size}: does not fit the network ({first_line(error)})") from None
     network.train()
 

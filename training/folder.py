@@ -113,7 +113,7 @@ class Metrics:
 
 
 class Cost:
-    """What training takes, evaluation apart: passes through the network, and the peak of the memory in MiB."""
+    """What a run takes: passes through the network without evaluation, and the peak of the memory in MiB with it."""
 
     def __init__(self, network: nn.Module, is_compiled: bool):
         self.counts: dict[str, float] = dict.fromkeys(COSTS, 0)

@@ -19,7 +19,7 @@ from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
-from mlr_snet import Average, Schedule, Step, train
+from mlr_snet import Average, ScaleError, Schedule, Step, train
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
 from training.checkpoint import Checkpoint
@@ -210,7 +210,8 @@ class Trainer:
         if isinstance(error, RuntimeError) and is_lost_rank(error):
             return "another rank has ended; continue with --resume"
         if self.step == self.resumed_step:  # a state that loads can still be a wrong one
-            return f"error: {self.checkpoint.path}: not a checkpoint of this run ({first_line(error)})"
+            return (f"error: the first step after {self.checkpoint.path} failed ({first_line(error)}); where a new run "
+                    "gets further, it is not a checkpoint of this run")
         return ""
 
     def _train(self, stop: StopSignal) -> int:
@@ -245,11 +246,7 @@ class Trainer:
                 if self.average and self.moves_average:
                     self.average.update()
                 yield next(steps)
-        except ImageFileError:
-            raise
-        except ValueError as error:  # a loss that the formula of γ cannot take
-            if ONE_IMAGE in str(error):
-                raise
+        except ScaleError as error:
             raise FloatingPointError(f"{error} (step {self.step + 1})") from None
         except (OverflowError, RuntimeError) as error:
             # torch has no class of its own for a number that single precision cannot hold.
