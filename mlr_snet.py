@@ -575,13 +575,18 @@ class MLRSNetLR:
             raise TypeError(f"Rprop {NOT_AFFINE[torch.optim.Rprop]}, so that a schedule has no effect on it")
         if getattr(self.optimizer.step, "_wrapped_by_lr_sched", False):
             warnings.warn("the optimizer has another scheduler: remove it, or leave out its groups", stacklevel=2)
-        self._check_nets()
+        _check_nets(self.nets, self.num_steps)
         self.num_classes, self.perplexity, self.scale_loss = num_classes, perplexity, scale_loss
-        self.chosen_gamma = self._check_gamma(gamma)
+        _check_gamma(gamma, self.optimizer, num_classes, perplexity)
+        self.chosen_gamma = gamma
         if not (0 <= warmup <= 1 and 0 <= cooldown <= 1 and warmup + cooldown <= 1):
             raise ValueError(f"warmup {warmup} and cooldown {cooldown}: give shares of the run, together at most 1")
         self.warmup, self.cooldown = warmup, cooldown
-        self.changes = self._check_changes(changes)
+        number = len(self.nets)
+        even = [place * self.num_steps // number for place in range(1, number)]
+        self.changes = even if changes is None else list(changes)
+        if len(self.changes) != number - 1 or self.changes != sorted(self.changes):
+            raise ValueError(f"changes {self.changes}: give the {number - 1} steps at which the nets change, in order")
         self.groups, self.process_group = groups, process_group
         self.ratios = lr_ratios(self.optimizer, groups)
         if groups is not None:
@@ -593,10 +598,7 @@ class MLRSNetLR:
         self.lr_set: list[float | Tensor] = []
         self.level: float | None = None  # as read by prepare()
         self.handle: RemovableHandle | None = None  # of attach()
-        self.num_checks = 0  # of the order of the calls
-        self.num_updates = 0  # that the optimizer has made since the last check
-        self.kept_state = False  # whether the optimizer had a state at the first check
-        self.watch = self.optimizer.register_step_post_hook(self._count_update)
+        self.watch = _LoopWatch(self.optimizer)
 
     def prepare(self) -> None:
         """Read scale_loss now, where the coming step will set γ from it: before the forward pass, as the authors do.
@@ -625,7 +627,9 @@ class MLRSNetLR:
     def _step(self, loss: float | Tensor | None) -> None:
         value = self._mean_loss(loss)
         self._check_rates()
-        self._check_order()
+        problem = self.watch.problem(self)
+        if problem:
+            warnings.warn(problem, stacklevel=3)
         self.recent_losses[self.steps_taken % len(self.recent_losses)] = torch.where(value.isfinite(), value, math.nan)
         if self._start_phase(value):
             self._learn(value)
@@ -737,45 +741,6 @@ class MLRSNetLR:
             number = f"{self.gamma:g}, not {self.chosen_gamma:g}"
             warnings.warn(f"the run continues with its own gamma {number}", stacklevel=2)
 
-    # The checks, and what a step is made of.
-
-    def _check_nets(self) -> None:
-        if not self.nets:
-            raise ValueError("no nets: give at least one MLR-SNet")
-        if not all(isinstance(net, MLRSNet) for net in self.nets):
-            kinds = ", ".join(sorted({type(net).__name__ for net in self.nets}))
-            raise TypeError(f"nets hold {kinds}: give MLRSNets; load_schedules([\"schedule.pth\"]) reads them")
-        if len({(net.hidden_size, net.num_layers) for net in self.nets}) > 1:
-            sizes = ", ".join(f"{net.hidden_size} x {net.num_layers}" for net in self.nets)
-            raise ValueError(f"nets of different sizes ({sizes}) cannot share a run, since the LSTM state carries over")
-        if self.num_steps < len(self.nets):
-            raise ValueError(f"num_steps {self.num_steps}: fewer than the {len(self.nets)} nets that share the run")
-
-    def _check_gamma(self, gamma: Any) -> float | str | Callable[[], float]:
-        if self.perplexity or self.num_classes is not None:
-            _check_count("num_classes", self.num_classes, least=2 if self.perplexity else 1)
-        if callable(gamma) or _is_scale(gamma):
-            return gamma
-        if gamma not in ("auto", "paper"):
-            raise ValueError(f"gamma {gamma!r}: give a positive number, a function that returns one, 'auto' or 'paper'")
-        if gamma == "auto" and not has_paper_scale(self.optimizer):
-            raise ValueError(
-                "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
-                "gamma=lambda: measure_lr_scale(network, optimizer, next_loss, num_steps).gamma with "
-                "mlr_snet_scale.measure_lr_scale, or a number, twice the peak rate that you would use"
-            )
-        if self.num_classes is None:
-            raise ValueError(f"num_classes is missing, which gamma={gamma!r} needs; without classes {_GIVE_A_NUMBER}")
-        return gamma
-
-    def _check_changes(self, changes: Sequence[int] | None) -> list[int]:
-        number = len(self.nets)
-        if changes is None:
-            return [place * self.num_steps // number for place in range(1, number)]
-        if len(changes) != number - 1 or list(changes) != sorted(changes):
-            raise ValueError(f"changes {list(changes)}: give the {number - 1} steps at which the nets change, in order")
-        return list(changes)
-
     def _check_rates(self) -> None:
         """Settle the ratios of the groups. RuntimeError when a rate is not the one that the last step() set.
 
@@ -797,54 +762,6 @@ class MLRSNetLR:
             present = [float(old["lr"]) / ratio for old, ratio in zip(groups, self.ratios, strict=False) if ratio]
             is_driven = self.groups is None and present and present[0] > 0
             self.ratios.append(float(group["lr"]) / present[0] if is_driven else None)
-
-    def _check_order(self) -> None:
-        """Warn of a step past the planned ones, and where the first two show that the loop is out of order."""
-        warning = ""
-        if self.steps_taken == self.num_steps:
-            end = "the cool-down ends at rate 0" if self.cooldown else "the last net goes on"
-            warning = f"the planned {self.num_steps} optimizer steps (not epochs or micro-batches) are over: {end}"
-        if self.num_checks < 2:
-            warning = self._disorder() or warning
-            self.num_checks, self.num_updates = self.num_checks + 1, 0
-        if warning:
-            warnings.warn(warning, stacklevel=4)
-
-    def _count_update(self, *_: Any) -> None:
-        self.num_updates += 1
-
-    def _disorder(self) -> str:
-        """What is wrong with the order of the calls; nothing where it seems right."""
-        keeps_state = any(self.optimizer.state.values())
-        if self.num_checks:
-            self.watch.remove()
-            if self.num_updates != 1 and not (self.handle and self.num_updates):  # GradScaler skips steps
-                return (
-                    f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
-                    "of them, under accumulation with the mean over the micro-batches"
-                )
-            return "" if self.steps_taken == 1 or self.kept_state or not keeps_state else (
-                f"the optimizer began anew, and this schedule went on at step {self.steps_taken}: in a resumed run "
-                "load the optimizer's state_dict(), too"
-            )
-        self.kept_state = keeps_state
-        if self.num_updates and not self.steps_taken and not self.handle:  # which skips a step of GradScaler
-            return (
-                "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
-                "it: call step(loss) between backward() and optimizer.step()"
-            )
-        if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
-            return (
-                "no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
-                "schedule the optimizer of the network that trains"
-            )
-        steps = [state.get("step", 1) for state in self.optimizer.state.values()]  # Adagrad's begins with 0
-        if self.phase < 0 and not self.steps_taken and any(step > 0 for step in steps):
-            return (
-                "the optimizer has trained before, and this schedule starts at its first step: in a resumed run load "
-                "the schedule's state_dict(), too"
-            )
-        return ""
 
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
         """The loss as a 0-d tensor on the state's device, the mean over the ranks."""
@@ -971,7 +888,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             scale = self.gamma * self._envelope()
             lr = scale * on_host(fraction)
             if not self.is_checked:
-                self._check_reach(lr)
+                self.is_checked = _check_reach(self.optimizer, self.ratios, lr)
             slope = hypergradient(
                 self.network, self.optimizer, lr, self.meta_loss, average=self.average, ratios=self.ratios,
                 process_group=self.process_group,
@@ -985,35 +902,6 @@ class MetaMLRSNetLR(MLRSNetLR):
         if (is_last or isinstance(shown, float)) and shown:
             warnings.warn("the training loss, the meta loss or its gradient is not finite: this update of the net is "
                           "left out", stacklevel=4)
-
-    def _check_reach(self, lr: float | Tensor) -> None:
-        """RuntimeError where the first lookahead goes so far that the gradients must still be scaled by GradScaler."""
-        update = update_directions(self.optimizer, self.ratios)
-        if not update:
-            return
-        weights = torch.stack([_whole(parameter.detach().norm()) for parameter in update]).norm()
-        lengths = [_whole(direction(parameter).norm()) for parameter, direction in update.items()]
-        moved = float(lr) * torch.stack(lengths).norm()
-        self.is_checked = bool(moved.isfinite())
-        if self.is_checked and (moved > 10 * weights.clamp(min=1) or self._has_scaled_gradients()):
-            raise RuntimeError(
-                f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
-                "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma"
-            )
-
-    def _has_scaled_gradients(self) -> bool:
-        """Whether the gradients are a hundred times as long as the averages that SGD or Adam keeps of them."""
-        lengths = []
-        for group in self.optimizer.param_groups if type(self.optimizer) in DIRECTIONS else ():
-            for parameter in group["params"]:
-                state = self.optimizer.state.get(parameter, {})
-                average, weight = state.get("momentum_buffer"), 1.0
-                if "exp_avg" in state:
-                    average, weight = state["exp_avg"], 1 - group["betas"][0] ** state["step"]
-                if average is not None and parameter.grad is not None:
-                    lengths.append(torch.stack([_whole(parameter.grad.norm()), _whole(average.norm()) / weight]))
-        gradients, averages = torch.stack(lengths).norm(dim=0).tolist() if lengths else (0.0, 0.0)
-        return 0 < 100 * averages < gradients
 
     def state_dict(self) -> dict[str, Any]:
         averaged = {"average": self.average.state_dict()} if self.average else {}
@@ -1119,6 +1007,137 @@ def train(
         optimizer.step()
         lr = schedule.get_last_lr()[0]
         yield Step(number + 1, all_reduce_mean(loss.detach()), all_reduce_mean(accuracy), lr, batch.size, hidden)
+
+
+# ---------------------------------------------------------------------------------------------- the schedulers' checks
+
+
+def _check_nets(nets: list[MLRSNet], num_steps: int) -> None:
+    if not nets:
+        raise ValueError("no nets: give at least one MLR-SNet")
+    if not all(isinstance(net, MLRSNet) for net in nets):
+        kinds = ", ".join(sorted({type(net).__name__ for net in nets}))
+        raise TypeError(f"nets hold {kinds}: give MLRSNets; load_schedules([\"schedule.pth\"]) reads them")
+    if len({(net.hidden_size, net.num_layers) for net in nets}) > 1:
+        sizes = ", ".join(f"{net.hidden_size} x {net.num_layers}" for net in nets)
+        raise ValueError(f"nets of different sizes ({sizes}) cannot share a run, since the LSTM state carries over")
+    if num_steps < len(nets):
+        raise ValueError(f"num_steps {num_steps}: fewer than the {len(nets)} nets that share the run")
+
+
+def _check_gamma(gamma: Any, optimizer: Optimizer, num_classes: int | None, perplexity: bool) -> None:
+    if perplexity or num_classes is not None:
+        _check_count("num_classes", num_classes, least=2 if perplexity else 1)
+    if callable(gamma) or _is_scale(gamma):
+        return
+    if gamma not in ("auto", "paper"):
+        raise ValueError(f"gamma {gamma!r}: give a positive number, a function that returns one, 'auto' or 'paper'")
+    if gamma == "auto" and not has_paper_scale(optimizer):
+        raise ValueError(
+            "gamma='auto' is the paper's formula, made for SGD without momentum: for other optimizers give "
+            "gamma=lambda: measure_lr_scale(network, optimizer, next_loss, num_steps).gamma with "
+            "mlr_snet_scale.measure_lr_scale, or a number, twice the peak rate that you would use"
+        )
+    if num_classes is None:
+        raise ValueError(f"num_classes is missing, which gamma={gamma!r} needs; without classes {_GIVE_A_NUMBER}")
+
+
+class _LoopWatch:
+    """Tells where the first two steps of a schedule show that the loop is out of order, and where its plan is over."""
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.num_checks = 0
+        self.num_updates = 0  # that the optimizer has made since the last check
+        self.had_state = False  # whether the optimizer had a state at the first check
+        self.hook = optimizer.register_step_post_hook(self._count_update)
+
+    def _count_update(self, *_: Any) -> None:
+        self.num_updates += 1
+
+    def problem(self, schedule: MLRSNetLR) -> str:
+        """What is wrong before this step of the schedule; nothing where it seems right."""
+        problem = ""
+        if self.num_checks < 2:
+            problem = self._at_second_step(schedule) if self.num_checks else self._at_first_step(schedule)
+            self.num_checks, self.num_updates = self.num_checks + 1, 0
+        if schedule.steps_taken == schedule.num_steps and not problem:
+            end = "the cool-down ends at rate 0" if schedule.cooldown else "the last net goes on"
+            steps = f"{schedule.num_steps} optimizer steps (not epochs or micro-batches)"
+            problem = f"the planned {steps} are over: {end}"
+        return problem
+
+    def _at_first_step(self, schedule: MLRSNetLR) -> str:
+        self.had_state = self._has_state()
+        if self.num_updates and not schedule.steps_taken and not schedule.handle:  # which skips a step of GradScaler
+            return (
+                "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
+                "it: call step(loss) between backward() and optimizer.step()"
+            )
+        if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
+            return (
+                "no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
+                "schedule the optimizer of the network that trains"
+            )
+        steps = [state.get("step", 1) for state in self.optimizer.state.values()]  # Adagrad's begins with 0
+        if schedule.phase < 0 and not schedule.steps_taken and any(step > 0 for step in steps):
+            return (
+                "the optimizer has trained before, and this schedule starts at its first step: in a resumed run load "
+                "the schedule's state_dict(), too"
+            )
+        return ""
+
+    def _at_second_step(self, schedule: MLRSNetLR) -> str:
+        self.hook.remove()
+        if self.num_updates != 1 and not (schedule.handle and self.num_updates):  # GradScaler skips steps
+            return (
+                f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
+                "of them, under accumulation with the mean over the micro-batches"
+            )
+        if schedule.steps_taken > 1 and self._has_state() and not self.had_state:
+            return (
+                f"the optimizer began anew, and this schedule went on at step {schedule.steps_taken}: in a resumed run "
+                "load the optimizer's state_dict(), too"
+            )
+        return ""
+
+    def _has_state(self) -> bool:
+        return any(self.optimizer.state.values())
+
+
+def _check_reach(optimizer: Optimizer, ratios: Ratios, lr: float | Tensor) -> bool:
+    """Whether the first lookahead goes somewhere finite. RuntimeError where it goes so far that the gradients must
+    still be scaled by GradScaler.
+    """
+    update = update_directions(optimizer, ratios)
+    if not update:
+        return False
+    weights = torch.stack([_whole(parameter.detach().norm()) for parameter in update]).norm()
+    lengths = [_whole(direction(parameter).norm()) for parameter, direction in update.items()]
+    moved = float(lr) * torch.stack(lengths).norm()
+    if not moved.isfinite():
+        return False
+    if moved > 10 * weights.clamp(min=1) or _has_scaled_gradients(optimizer):
+        raise RuntimeError(
+            f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
+            "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma"
+        )
+    return True
+
+
+def _has_scaled_gradients(optimizer: Optimizer) -> bool:
+    """Whether the gradients are a hundred times as long as the averages that SGD or Adam keeps of them."""
+    lengths = []
+    for group in optimizer.param_groups if type(optimizer) in DIRECTIONS else ():
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            average, weight = state.get("momentum_buffer"), 1.0
+            if "exp_avg" in state:
+                average, weight = state["exp_avg"], 1 - group["betas"][0] ** state["step"]
+            if average is not None and parameter.grad is not None:
+                lengths.append(torch.stack([_whole(parameter.grad.norm()), _whole(average.norm()) / weight]))
+    gradients, averages = torch.stack(lengths).norm(dim=0).tolist() if lengths else (0.0, 0.0)
+    return 0 < 100 * averages < gradients
 
 
 # ---------------------------------------------------------------------------------------------- rates and tensors
