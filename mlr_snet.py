@@ -10,7 +10,7 @@ Symbols: ℓ_t mini-batch training loss; w weights of the task network; θ weigh
 A in (0, 1) the fraction; d_t the base optimizer's update per unit of learning rate. d_t does not depend on θ, so the
 hypergradient is exact without a second-order graph.
 
-This file needs torch only. To use a schedule in your own training loop, copy it and see MLRSNetLR; to learn one, see
+This file needs torch only. To use a schedule in your own loop, copy this file and see MLRSNetLR; to learn one, see
 MetaMLRSNetLR. Under torch.distributed every rank calls the same methods with its own loss.
 
 Source: Shu, Zhu, Zhao, Meng, Xu, "MLR-SNet: Transferable LR Schedules for Heterogeneous Tasks", TPAMI 2022.
@@ -430,7 +430,7 @@ def hypergradient(
     Your hooks on parameters act on the meta gradient, too; what modules keep in Python attributes is not restored.
 
     Raises TypeError for an optimizer that is not affine in lr, and for a meta loss without a graph. RuntimeError where
-    no parameter has a gradient, where one that has got none from meta_loss, which would count as zero, and where
+    no parameter has a gradient, where one that has gets none from meta_loss (it would count as zero), and where
     meta_loss changes parameters itself.
     """
     ratios = lr_ratios(optimizer) if ratios is None else ratios
@@ -543,8 +543,8 @@ class MLRSNetLR:
         (perplexity=True: its perplexity) in eval mode, which is what the authors take.
     process_group: the ranks that train together (default: all); a group of one for independent runs.
 
-    A loss that is not finite leaves state and rate as they are. On an accelerator the host waits only where γ is set,
-    if the nets lie there too and the optimizer is fused. Raises ValueError for arguments that do not describe a run.
+    A loss that is not finite leaves state and fraction as they are. On an accelerator the host waits only where γ is
+    set, if the nets lie there too and the optimizer is fused. Raises ValueError for arguments that describe no run.
     """
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
@@ -828,7 +828,7 @@ class MetaMLRSNetLR(MLRSNetLR):
     The other arguments are MLRSNetLR's. Raises TypeError for an optimizer whose update is not affine in its learning
     rate, and for sparse gradients. step() raises RuntimeError for gradients that are still scaled: under GradScaler
     call scaler.unscale_(optimizer) before it, or use attach(). A meta loss that is not finite leaves the net as it is,
-    with a warning; on an accelerator, where the host does not wait, one of the last update only.
+    with a warning; on an accelerator only the last update warns, so that the host need not wait.
     """
 
     def __init__(
@@ -867,7 +867,7 @@ class MetaMLRSNetLR(MLRSNetLR):
         # Fused, so that an update that is not finite is skipped without waiting for an accelerator.
         self.adam = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.state.device)
-        self.is_checked = False  # whether the reach of the first lookahead has been
+        self.is_checked = False  # whether _check_reach has passed
 
     def averaged_weights(self) -> Any:
         """The network at the running average of its weights inside a with-block; see Average.averaged_weights."""
@@ -1184,7 +1184,7 @@ def _driven(ratios: Ratios) -> list[int]:
 
 
 def _unshare_rates(optimizer: Optimizer) -> None:
-    """Give each group a tensor of its own, where torch has given several the one that was its rate."""
+    """Give each group its own rate tensor, where torch has shared one among several groups."""
     seen: set[int] = set()
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -1267,7 +1267,7 @@ def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
 
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Every .grad is None inside the block, and what it was after it.
+    """Sets every .grad to None inside the block, and restores it afterwards.
 
     RuntimeError where one is a view, as DDP's buckets make them, which a backward pass through DDP would overwrite.
     """
@@ -1287,7 +1287,7 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, gradients, optimizer state, options and random generators bit for bit; yields copies by tensor.
 
-    Of the optimizer's own attributes, numbers, tensors and optimizers, such as the one that it wraps, are restored.
+    Also the optimizer's attributes that are numbers, tensors or optimizers, such as the one that it wraps.
     Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
     """
     scaling: Options = {name: vars(optimizer).pop(name) for name in ("grad_scale", "found_inf")

@@ -3,7 +3,7 @@
     measured = measure_lr_scale(network, optimizer, next_loss, num_steps, num_classes=10)
     schedule = MLRSNetLR(optimizer, nets, num_steps, gamma=measured.gamma)
 
-An LR range test, then four short cosines; network, optimizer and random generators are as before afterwards. In a run
+It runs an LR range test, then four short cosines, and restores network, optimizer and random generators. In a run
 that may be resumed give the schedule a function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at
 its first step only. This file needs torch and mlr_snet only.
 """
@@ -127,7 +127,7 @@ def measure_lr_scale(
     Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
     no hooks of the optimizer. `network` is a ModuleList where next_loss runs several modules, as where a generator
     is trained by a critic: what it lacks keeps the trials' gradients and statistics. All ranks find the same scale.
-    Where the range test does not fall clearly, it is the guess or, if lower, c · the rate at which that test blows up.
+    Where that test's loss does not fall clearly, it is the guess or, if lower, c · the rate at which the loss blows up.
 
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
@@ -237,7 +237,7 @@ def _untrained_loss(losses: list[float]) -> tuple[float, float]:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """The running mean of the range test's losses, up to where it blows up: it has clearly lost a fifth of its fall.
+    """The running mean of the range test's losses, until they blow up, that is, clearly lose a fifth of their fall.
 
     What follows does not count: a network can recover at an absurd rate.
     """

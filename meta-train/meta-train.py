@@ -19,7 +19,7 @@ from utils import build_optimizer, built_within_memory, save
 
 EXAMPLES = """\
   python meta-train/meta-train.py --network resnet8 --dataset digits --num-meta 200 \\
-    --num-epoch 20 --t-val 1
+    --num-epoch 20 --t-val auto
   python meta-train/meta-train.py --network lstm2 --dataset ptb"""
 
 

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--jobs", type=number(int, 1), metavar="N",
         help="runs side by side on this machine, sharing its cores (default: 1)")
-    add("--slurm", action="store_true", help="run the cells as jobs of a Slurm cluster (needs the package submitit)")
+    add("--slurm", action="store_true", help="submit the runs as jobs to a Slurm cluster (needs the package submitit)")
     add("--slurm-option", nargs="+", default=[], metavar="NAME=VALUE", dest="slurm_options",
         help="options of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 "
         "minutes and 1 CPU); cluster=local runs them on this machine")
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("report").add_argument
     add("--target", type=number(float, 0), metavar="RESULT",
-        help="test accuracy (%%) or perplexity to reach (default: where fixed ends)")
+        help="test accuracy (%%) or perplexity to reach (default: where fixed ends, or sgd+val for text)")
     add("--highlight", nargs="+", choices=METHODS, metavar="METHOD", default=[],
         help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
     add("--out", type=folder, default=SCRIPT.parent / "result", metavar="DIR",
