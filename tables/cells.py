@@ -118,6 +118,8 @@ def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) ->
     is_text = line["dataset"] in TEXTS
     if method.script == "meta-train":
         arguments.setdefault("t-val", "300" if preset == "paper" else "auto")
+    else:
+        arguments.pop("t-val", None)
     if not is_text and any(METHODS[name].script == "meta-train" for name in table.methods):
         # Meta-training holds images out. Every method of the table trains on what is left.
         arguments.setdefault("num-meta", "1000")

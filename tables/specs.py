@@ -15,7 +15,8 @@ from data import TEXTS
 Arguments = dict[str, str]  # of a script: flag without dashes -> value, "" for a flag without one
 
 SMOKE = {
-    "images": "network=resnet8 dataset=digits num-epoch=2 limit-train=64 limit-test=100 batch-size=16 num-meta=100",
+    "images": "network=resnet8 dataset=digits num-epoch=2 limit-train=64 limit-test=100 batch-size=16 num-meta=100 "
+              "t-val=auto",
     "text": "dataset=pydoc num-epoch=2 embed-size=16 limit-train=6000 limit-test=700 batch-size=4",
 }
 SMOKE_DIFFERENCES = {"num-epoch": ("2", "3"), "limit-train": ("64", "128"), "t-val": ("1", "2")}  # of two lines
@@ -116,8 +117,9 @@ TABLES: dict[str, Table] = {
         title="The paper's regime on a small network",
         question="Does a learned schedule end above hand-made ones in a training of the paper's length?",
         methods=[*STEERED, *SHIPPED, *CLASSIC, "cosine (measured)", "multistep (measured)", "schedule-free"],
-        presets=dict.fromkeys(  # T_val 300 is that of the preset "paper"
-            ("paper", "desk"), lines("network=resnet8 dataset=cifar10 image-size=16 num-epoch=200 test-every=5")
+        presets=dict.fromkeys(
+            ("paper", "desk"),
+            lines("network=resnet8 dataset=cifar10 image-size=16 num-epoch=200 test-every=5 t-val=300"),
         ),
     ),
     "cifar100-wideresnet": Table(

@@ -202,6 +202,7 @@ def test_a_constant_rate_is_that_of_the_optimizer(line, lr):
     ("l4mom", "network=resnet8 dataset=digits momentum=0.9 optimizer=adamw", {}),
     ("MLR-SNet (learning)", "network=resnet8 dataset=digits momentum=0.9", {"momentum": "0.9", "t-val": "auto"}),
     ("MLR-SNet (learning, average)", "network=lstm2 dataset=pydoc t-val=10", {"t-val": "10"}),
+    ("cosine", "network=resnet8 dataset=digits t-val=10", {}),
 ])
 def test_a_method_has_its_usual_rate_its_own_flags_and_no_momentum_that_is_not_for_it(method, line, expected):
     table = Table("title", "question", [method], {"desk": lines(f"{line} num-epoch=2")})
@@ -210,7 +211,7 @@ def test_a_method_has_its_usual_rate_its_own_flags_and_no_momentum_that_is_not_f
     assert {name: value for name, value in found.items() if value is not None} == expected
 
 
-@pytest.mark.parametrize("name", ["untuned", "full-size", "corruption", "label-noise", "sizes"])
+@pytest.mark.parametrize("name", ["untuned", "full-size", "paper-regime", "corruption", "label-noise", "sizes"])
 def test_the_scripts_accept_every_run_of_a_table_at_home(tables, tmp_path, name):
     tables.check_cells(cells_of(TABLES[name], "desk", 1, [], {}))
 
