@@ -1070,35 +1070,25 @@ class _LoopWatch:
     def _at_first_step(self, schedule: MLRSNetLR) -> str:
         self.had_state = self._has_state()
         if self.num_updates and not schedule.steps_taken and not schedule.handle:  # which skips a step of GradScaler
-            return (
-                "optimizer.step() came before the schedule's first step(loss), which sets the rate of the step after "
-                "it: call step(loss) between backward() and optimizer.step()"
-            )
+            return ("optimizer.step() came before the schedule's first step(loss), which sets the rate of the step "
+                    "after it: call step(loss) between backward() and optimizer.step()")
         if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
-            return (
-                "no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
-                "schedule the optimizer of the network that trains"
-            )
+            return ("no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
+                    "schedule the optimizer of the network that trains")
         steps = [state.get("step", 1) for state in self.optimizer.state.values()]  # Adagrad's begins with 0
         if schedule.phase < 0 and not schedule.steps_taken and any(step > 0 for step in steps):
-            return (
-                "the optimizer has trained before, and this schedule starts at its first step: in a resumed run load "
-                "the schedule's state_dict(), too"
-            )
+            return ("the optimizer has trained before, and this schedule starts at its first step: in a resumed run "
+                    "load the schedule's state_dict(), too")
         return ""
 
     def _at_second_step(self, schedule: MLRSNetLR) -> str:
         self.hook.remove()
         if self.num_updates != 1 and not (schedule.handle and self.num_updates):  # GradScaler skips steps
-            return (
-                f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
-                "of them, under accumulation with the mean over the micro-batches"
-            )
+            return (f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
+                    "of them, under accumulation with the mean over the micro-batches")
         if schedule.steps_taken > 1 and self._has_state() and not self.had_state:
-            return (
-                f"the optimizer began anew, and this schedule went on at step {schedule.steps_taken}: in a resumed run "
-                "load the optimizer's state_dict(), too"
-            )
+            return (f"the optimizer began anew, and this schedule went on at step {schedule.steps_taken}: in a resumed "
+                    "run load the optimizer's state_dict(), too")
         return ""
 
     def _has_state(self) -> bool:
@@ -1106,9 +1096,7 @@ class _LoopWatch:
 
 
 def _check_reach(optimizer: Optimizer, ratios: Ratios, lr: float | Tensor) -> bool:
-    """Whether the first lookahead goes somewhere finite. RuntimeError where it goes so far that the gradients must
-    still be scaled by GradScaler.
-    """
+    """Whether the first lookahead is finite. RuntimeError where it is as long as with gradients of a GradScaler."""
     update = update_directions(optimizer, ratios)
     if not update:
         return False
@@ -1287,7 +1275,7 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, gradients, optimizer state, options and random generators bit for bit; yields copies by tensor.
 
-    Also the optimizer's attributes that are numbers, tensors or optimizers, such as the one that it wraps.
+    Also restores the optimizer's attributes that are numbers, tensors or optimizers, such as the one that it wraps.
     Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
     """
     scaling: Options = {name: vars(optimizer).pop(name) for name in ("grad_scale", "found_inf")
