@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,18 +57,27 @@ class Cell:
         return "_".join([*self.problem.split(), *words, key, str(self.seed)])
 
 
-def cells_of(table: Table, preset: str, seeds: int, methods: Sequence[str], overrides: Arguments) -> list[Cell]:
-    """The cells of a table; `methods` replace the table's own where there are any."""
+def cells_of(
+    table: Table, preset: str, seeds: int, methods: Sequence[str], overrides: Arguments,
+    more_seeds: Mapping[str, int] | None = None,
+) -> list[Cell]:
+    """The cells of a table; `methods` replace the table's own where there are any. Each has so many seeds, or what
+    `more_seeds` gives it; the grid, to which all are compared seed by seed, has the most.
+    """
+    seeds_of = dict(more_seeds or {})
+    most = max([seeds, *seeds_of.values()])
     lines = [_with_data_root(line | overrides) for line in table.lines(preset)]
     longest: dict[frozenset[tuple[str, str]], int] = {}  # a line without its length -> the most epochs
     for line in lines:
         key = _all_but_length(line)
         longest[key] = max(longest.get(key, 0), int(line["num-epoch"]))
     cells: dict[str, Cell] = {}
-    for seed in range(seeds):
+    for seed in range(most):
         for line in lines:
             grid = grid_of(line, preset) if table.has_regret else []
             for name in dict.fromkeys([*_methods_of(table, line, methods), *grid]):
+                if seed >= (most if name in grid else seeds_of.get(name, seeds)):
+                    continue
                 arguments = _arguments_of(table, preset, line, METHODS[name])
                 if not METHODS[name].knows_length:  # its run on the longest line also serves the shorter ones
                     arguments["num-epoch"] = str(longest[_all_but_length(line)])

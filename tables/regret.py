@@ -110,15 +110,14 @@ def regrets_of(records: list[Record]) -> list[Record]:
 
 
 def _by_seed(record: Record, mark: Record, weights: str) -> list[float]:
-    """The regret of every seed; against the mean of the cosine for a seed that the cosine has not."""
+    """The regret of every seed against the same one of the cosine, which has all seeds."""
     metric = record["metric"]
     name = metric if weights == "live" else f"{metric}_average"
-    mean: float = mark["last_mean"]
     zeros = {seed: rows[-1][metric] for seed, rows in zip(mark["names"], mark["runs"], strict=True)}
-    by_seed = []
-    for seed, rows in zip(record["names"], record["runs"], strict=True):
-        by_seed.append(_difference(rows[-1][name], zeros.get(seed, mean), metric))
-    return by_seed
+    return [
+        _difference(rows[-1][name], zeros[seed], metric)
+        for seed, rows in zip(record["names"], record["runs"], strict=True)
+    ]
 
 
 def interval(problems: Sequence[Sequence[float]]) -> tuple[float, float]:

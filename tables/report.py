@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import draw
+from methods import GRID
 from records import COLUMNS, STEPS, Record, leading, places_of, spread, summarise, unit_of
 from regret import regret_of
 from runs import Run, read
@@ -37,8 +38,21 @@ def render(folder: Path) -> None:
         body += ["![Training loss, test result and learning rate against epochs](table.png)", ""]
     if "--preset smoke" in header["command"]:
         body += ["**A smoke: it shows that the table runs, and says nothing of its methods.**", ""]
-    body += [f"Seeds: {', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}.{_guesses(runs)}", ""]
+    body += [f"{_seeds(runs)}{_guesses(runs)}", ""]
     write_page(folder, table.title, table.question, header["command"], body, [vars(run) for run in runs])
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    """The seeds of all methods, and those that only some have; the cosines of a grid go without saying."""
+    methods: dict[int, list[str]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        methods.setdefault(run.seed, [])
+        if run.method not in [*methods[run.seed], *GRID]:
+            methods[run.seed].append(run.method)
+    of_all = [str(seed) for seed, names in methods.items() if names == next(iter(methods.values()))]
+    of_some = [str(seed) for seed in methods if str(seed) not in of_all]
+    more = f"; {', '.join(of_some)} of {', '.join(methods[int(of_some[-1])])}, too" if of_some else ""
+    return f"Seeds: {', '.join(of_all)}{more}."
 
 
 def _guesses(runs: Sequence[Run]) -> str:

@@ -1,12 +1,15 @@
 """The runs of a result: runs.jsonl and metrics.csv, from which all its other files are computed.
 
-The first line of runs.jsonl describes the result as a whole, every other line a run. metrics.csv has a row for every
-epoch of every run, whose number stands in the column "run".
+The first line of runs.jsonl describes the result as a whole, every other line a run. What most runs have in common in
+their arguments, versions and hardware stands in the first line under "usual", and only what differs in a run's own;
+false is an argument that the run lacks. metrics.csv has a row for every epoch of every run, whose number stands in the
+column "run".
 """
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from words import problem_of
 from writing import read_csv, read_jsonl, write_csv, write_jsonl
 
 Row = dict[str, float]  # of metrics.csv
+SHARED = ("arguments", "versions", "hardware")  # of a run, mostly those of the others
 NOT_ARGUMENTS = ("out", "resume", "script")  # of a run for whoever repeats it
 
 
@@ -95,23 +99,45 @@ def _set(namespace: dict[str, Any]) -> dict[str, Any]:
 
 def write(folder: Path, header: dict[str, Any], runs: list[Run]) -> None:
     """runs.jsonl and metrics.csv."""
-    contents, rows = [header], []
+    usual = {name: _usual([getattr(run, name) for run in runs]) for name in SHARED}
+    contents, rows = [header | {"usual": usual}], []
     for run in runs:
         content = asdict(run)
         rows += [{"run": run.run} | row for row in content.pop("rows")]
+        for name in SHARED:
+            content[name] = _difference(content[name], usual[name]) or None
         contents.append({name: value for name, value in content.items() if value is not None})
     write_jsonl(folder / "runs.jsonl", contents)
     write_csv(folder / "metrics.csv", list(dict.fromkeys(name for row in rows for name in row)), rows)
 
 
+def _usual(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The values that more than half of the facts have."""
+    usual = {}
+    for name in dict.fromkeys(name for each in facts for name in each):
+        [(text, number)] = Counter(json.dumps(each[name]) for each in facts if name in each).most_common(1)
+        if 2 * number > len(facts):
+            usual[name] = json.loads(text)
+    return usual
+
+
+def _difference(facts: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What the facts add to the usual ones, and false for each of these that they lack."""
+    own = {name: value for name, value in facts.items() if name not in usual or usual[name] != value}
+    return own | {name: False for name in usual if name not in facts}
+
+
 def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
-    """The header and the runs. ValueError where the folder has none."""
-    if not (folder / "runs.jsonl").exists():
-        raise ValueError(f"{folder}: has no runs.jsonl; give the folder of a result")
+    """The header and the runs."""
     header, *lines = read_jsonl(folder / "runs.jsonl")
     if "study" in header:
         return header, []
-    runs = [Run(**line) for line in lines]
+    usual, runs = header.pop("usual"), []
+    for line in lines:
+        for name in SHARED:
+            facts = usual[name] | line.get(name, {})
+            line[name] = {key: value for key, value in facts.items() if value is not False}
+        runs.append(Run(**line))
     by_number = {run.run: run for run in runs}
     for row in read_csv(folder / "metrics.csv"):
         number = int(row.pop("run"))

@@ -47,6 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paper (the paper's setting), desk (two cores and hours) or smoke (minutes, without a download) "
         "(default: desk)")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
+    add("--more-seeds", nargs="+", default=[], metavar="METHOD=N", help="methods with more seeds than the others")
     add("--only", nargs="+", choices=METHODS, metavar="METHOD", default=[],
         help=f"methods to run and to show: some of {', '.join(METHODS)} (default: the table's)")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
@@ -89,6 +90,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--slurm-option {error}")
     try:
+        args.more_seeds = parse_more_seeds(args) if args.table else {}
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(f"--more-seeds {error}")
+    try:
         args.overrides = parse_overrides(args.overrides)
         if args.table:
             check_lines(args)
@@ -108,6 +113,17 @@ def parse_words(words: list[str]) -> dict[str, str]:
             raise ValueError(f"{name}: duplicate; give it once")
         values[name] = value
     return values
+
+
+def parse_more_seeds(args: argparse.Namespace) -> dict[str, int]:
+    """The words of --more-seeds. ValueError for a malformed one, a duplicate or a method that is not in the table."""
+    more_seeds = {}
+    for name, value in parse_words(args.more_seeds).items():
+        table = TABLES[args.table]
+        if name not in (args.only or [*table.methods, *table.text_methods]):
+            raise ValueError(f"{name}: {args.table} does not run it; choose one of its methods or of --only")
+        more_seeds[name] = number(int, args.seeds + 1)(value)
+    return more_seeds
 
 
 def parse_overrides(words: list[str]) -> dict[str, str]:
@@ -181,19 +197,29 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     with user_errors():
         if args.render:
-            for result in args.render:
-                render(result.absolute())
-            write_index()
+            render_all(args.render)
         else:
             words = sys.argv[1:] if argv is None else argv
             status = run_table(args, shlex.join(["python", "tables/tables.py", *words]))
     return status
 
 
+def render_all(results: list[Path]) -> None:
+    """Write the pages of these results, and the index. ValueError for a folder without a result or a damaged one."""
+    for result in results:
+        if not (result / "runs.jsonl").exists():
+            raise ValueError(f"{result}: has no runs.jsonl; give the folder of a result")
+        try:
+            render(result.absolute())
+        except (LookupError, ValueError, TypeError, AttributeError, ImportError) as error:
+            raise ValueError(f"{result}: a damaged result ({type(error).__name__}: {error})") from None
+    write_index()
+
+
 def run_table(args: argparse.Namespace, command: str) -> int:
     """Run what is not done of a table, and report."""
     table, out = TABLES[args.table], args.out.absolute() / f"{args.table}-{args.preset}"
-    cells = cells_of(table, args.preset, args.seeds, args.only, args.overrides)
+    cells = cells_of(table, args.preset, args.seeds, args.only, args.overrides, args.more_seeds)
     check_cells(cells)
     with FolderLock(out):
         (out / "runs").mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from drawing import coloured
 from methods import METHODS
 from records import leading, summarise
 from regret import interval, peaks_of, regret_of, regrets_of, shown, summaries_of, zero_marks
-from report import render
+from report import _seeds, render
 from runs import Run, read, write
 from words import problem_of
 from writing import INDEX, index_lines, read_csv, read_toml, write_csv
@@ -83,6 +83,15 @@ def test_regret_is_the_distance_from_the_best_cosine_of_the_grid(two_problems):
     assert found["cosine (measured)", "live", "points"] == pytest.approx(-3)
     assert found["cosine (measured)", "live", "%"] == pytest.approx(2)
     assert found["fixed", "live", "points"] == 8 and found["fixed", "averaged", "points"] == 2
+
+
+def test_a_regret_is_against_the_same_seed_of_the_cosine_and_the_page_says_which_seeds_only_some_have(tmp_path):
+    results = {"cosine 0.1": (60, 50, 40), "fixed": (50, 50), "linear": (60, 60, 60), "wsd": (50, 50)}
+    runs = [run_of(method, seed, accuracies(value), **{"num-epoch": 1})
+            for method, values in results.items() for seed, value in enumerate(values)]
+    regrets = {regret["method"]: regret["by_seed"] for regret in regrets_of(summarise(runs, None))}
+    assert regrets == {"fixed": [10, 0], "linear": [0, -10, -20], "wsd": [10, 0]}
+    assert _seeds(runs) == "Seeds: 0, 1; 2 of linear, too."
 
 
 def test_of_equal_cosines_the_lowest_peak_is_the_best_whatever_the_order_of_the_runs():

@@ -161,6 +161,13 @@ def test_a_long_run_serves_the_shorter_lines():
                       ("onecycle", 3): {"3 epochs": 3}}
 
 
+def test_methods_have_more_seeds_and_with_them_the_grid():
+    cells = cells_of(TABLES["untuned"], "smoke", 1, ["fixed", "linear"], {}, {"linear": 3})
+    seeds = {name: {cell.seed for cell in cells if cell.method.name.startswith(name)}
+             for name in ("fixed", "linear", "cosine 0")}
+    assert seeds == {"fixed": {0}, "linear": {0, 1, 2}, "cosine 0": {0, 1, 2}}
+
+
 def test_a_run_serves_no_line_that_differs_in_more_than_its_length():
     cells = cells_of(TABLES["sizes"], "desk", 1, ["fixed"], {})
     assert [list(cell.lines.values()) for cell in cells] == [[30], [20], [12], [4]]
@@ -232,7 +239,7 @@ def test_a_run_has_its_share_of_the_cores_unless_the_environment_says_otherwise(
 def test_committed_runs_are_those_of_their_command(tables, result):
     header, runs = read(result)
     args = tables.parse_args(shlex.split(header["command"])[2:])
-    cells = cells_of(TABLES[args.table], args.preset, args.seeds, args.only, args.overrides)
+    cells = cells_of(TABLES[args.table], args.preset, args.seeds, args.only, args.overrides, args.more_seeds)
     assert args.table == header["table"] and {cell.name: cell.lines for cell in cells} == {
         run.name: run.lines for run in runs
     }
@@ -265,6 +272,10 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "own", "--set", "batch-size=0"], "--batch_size: 0: must be at least 1"),
     (["--table", "own", "--set", "wd="], "--wd: expected one argument"),
     (["--table", "own", "--set", "help="], "prints help"),
+    (["--table", "own", "--more-seeds", "fixed"], "--more-seeds fixed: give NAME=VALUE"),
+    (["--table", "own", "--more-seeds", "fixed=3"], "--more-seeds 3: must be at least 4"),
+    (["--table", "own", "--only", "cosine", "--more-seeds", "fixed=4"], "--more-seeds fixed: own does not run it"),
+    (["--table", "untuned", "--more-seeds", "cosine 0.1=4"], "--more-seeds cosine 0.1: untuned does not run it"),
     (["--table", "own", "--target", "nan"], "--target: nan: must be at least 0"),
     (["--table", "own", "--only", "nothing"], "invalid choice: 'nothing'"),
     (["--table", "own", "--slurm-option", "partition=x"], "--slurm-option belongs to --slurm"),
@@ -282,6 +293,15 @@ def test_bad_arguments_are_one_line_and_status_2_before_anything_runs(tables, ca
     *usage, line = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and "error: " in line and message in line
     assert not usage or usage[0].startswith("usage:")
+
+
+@pytest.mark.parametrize("content", ["[", "{}", "1", '{"table": "own", "usual": {}}\n{"run": 1}', '{"study": "x"}'])
+def test_a_damaged_result_is_one_line_and_status_2(tables, tmp_path, capsys, content):
+    (tmp_path / "runs.jsonl").write_text(content)
+    (tmp_path / "metrics.csv").touch()
+    with pytest.raises(SystemExit) as exit:
+        tables.main(["--render", str(tmp_path)])
+    assert exit.value.code == 2 and f"error: {tmp_path}: a damaged result (" in capsys.readouterr().err
 
 
 def test_a_cell_that_cannot_run_ends_the_table_with_its_line_and_command(tables, tmp_path, capsys):
