@@ -115,7 +115,8 @@ def load_schedule(path: str | Path) -> MLRSNet:
     try:
         layers = {key.split(".")[1] for key in weights if key.startswith("layer2.")}
         width, hidden_size = len(weights["layer1.fc_i2h.0.bias"]), weights["layer3.weight"].shape[1]
-        net = MLRSNet(hidden_size, 1 + len(layers), "text" if width == hidden_size else "images")
+        with torch.device("cpu"):
+            net = MLRSNet(hidden_size, 1 + len(layers), "text" if width == hidden_size else "images")
         net.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError):
         raise ValueError(f"{path}: not an MLR-SNet; expected layer1.fc_i2h.0.weight … layer3.bias") from None
@@ -142,10 +143,9 @@ def load_schedules(nets: str | Sequence[str | Path] = "recommended") -> list[MLR
     if nets not in SHIPPED:
         raise ValueError(f"nets {nets!r}: give load_schedules([{nets!r}]) for a file, or one of {', '.join(SHIPPED)}")
     here = Path(__file__).resolve().parent
-    folder = here / "mlr_snet_nets"  # where the wheel puts them
-    if not folder.is_dir():
-        folder = here / "meta-test"  # where a clone has them
-    if not folder.is_dir():
+    places = (here / "mlr_snet_nets", here / "meta-test")  # where the wheel puts them, and where a clone has them
+    folder = next(filter(Path.is_dir, places), None)
+    if folder is None:
         raise ValueError(
             f"the shipped nets are not beside {__file__}: copy the .pth files of meta-test to "
             f"{here / 'mlr_snet_nets'}, or give the paths of .pth files"
@@ -385,9 +385,11 @@ class Average:
             yield self.network
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+        return {"weights": [weight.clone() for weight in self.weights]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if [weight.shape for weight in self.weights] != [saved.shape for saved in state["weights"]]:
+            raise ValueError("the state holds the average of another network, or of other parameters of it")
         for weight, saved in zip(self.weights, state["weights"], strict=True):
             weight.copy_(saved)
 
@@ -527,7 +529,8 @@ class MLRSNetLR:
         lr_t = γ · A(ℓ_t; θ) · e(t)
 
     optimizer: any of torch's kind. Its rates count as ratios only: the group with the largest gets lr_t, and the others
-        keep their share of it. A group that is added later gets its rate over the present one as its share.
+        keep their share of it. A group that is added later gets its rate over the present one as its share, or the full
+        rate where it names none.
     nets: a list of MLRSNet, one of them, or the name of a shipped set. Net k of K drives the steps from k·num_steps//K
         on; `changes` names other steps. The LSTM state carries over, and past num_steps the last net goes on.
     num_steps: the planned optimizer steps of the run.
@@ -544,7 +547,8 @@ class MLRSNetLR:
     process_group: the ranks that train together (default: all); a group of one for independent runs.
 
     A loss that is not finite leaves state and fraction as they are. On an accelerator the host waits only where γ is
-    set, if the nets lie there too and the optimizer is fused. Raises ValueError for arguments that describe no run.
+    set, if the nets lie there too and the optimizer is fused, and at every step of attach() under a GradScaler. Raises
+    ValueError for arguments that describe no run.
     """
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
@@ -585,7 +589,7 @@ class MLRSNetLR:
         number = len(self.nets)
         even = [place * self.num_steps // number for place in range(1, number)]
         self.changes = even if changes is None else list(changes)
-        if len(self.changes) != number - 1 or self.changes != sorted(self.changes):
+        if len(self.changes) != number - 1 or [0, *self.changes, num_steps] != sorted([0, *self.changes, num_steps]):
             raise ValueError(f"changes {self.changes}: give the {number - 1} steps at which the nets change, in order")
         self.groups, self.process_group = groups, process_group
         self.ratios = lr_ratios(self.optimizer, groups)
@@ -611,7 +615,7 @@ class MLRSNetLR:
     @property
     def net(self) -> MLRSNet:
         """The net that drives the present step."""
-        return self.nets[self.phase]
+        return self.nets[max(self.phase, 0)]
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """Set the rate of the step about to be taken from its training loss, a 0-d tensor or a number.
@@ -693,7 +697,13 @@ class MLRSNetLR:
         return self.handle
 
     def _is_attached(self) -> bool:
-        return self.handle is not None and self.handle.id in (self.handle.hooks_dict_ref() or {})
+        return self.handle is not None and _is_registered(self.handle)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_attached():
+            raise TypeError("an attached schedule cannot be copied, since torch copies optimizers without their hooks: "
+                            "remove() the handle, copy, and attach() both")
+        return vars(self)
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Copies of the parameter groups' rates, as last set; for a rate kept in a tensor, 0-d tensors."""
@@ -703,7 +713,7 @@ class MLRSNetLR:
         """All that resuming needs, beside the optimizer's own state_dict."""
         state = {name: copy.copy(getattr(self, name)) for name in self.counters}
         state |= {name: getattr(self, name).clone() for name in self.buffers}
-        return state | {"nets": [net.state_dict() for net in self.nets]}
+        return state | {"nets": [copy.deepcopy(net.state_dict()) for net in self.nets]}
 
     def load_state_dict(self, state: dict[str, Any], rescale: bool = False) -> None:
         """Continue from state_dict(); its γ replaces a number, with a warning where they differ.
@@ -744,7 +754,7 @@ class MLRSNetLR:
     def _check_rates(self) -> None:
         """Settle the ratios of the groups. RuntimeError when a rate is not the one that the last step() set.
 
-        Looks at nothing on an accelerator, unless a group is new.
+        Looks at nothing on an accelerator after the first step, unless a group is new.
         """
         groups = self.optimizer.param_groups
         if not self.steps_taken:
@@ -752,16 +762,20 @@ class MLRSNetLR:
         if len(groups) < len(self.ratios):
             raise RuntimeError(f"the optimizer has {len(groups)} parameter groups, it had {len(self.ratios)}")
         for group, lr, ratio in zip(groups, self.lr_set, self.ratios, strict=False):
+            lr = on_host(lr) if isinstance(lr, Tensor) else lr
             if ratio is None or isinstance(lr, Tensor) or group["lr"] == lr or math.isnan(lr):
                 continue
             raise RuntimeError(
                 f"the learning rate is {float(group['lr']):g}, but this schedule had set {lr:g}; "
                 "remove the other scheduler that changes it, or leave its group out of `groups`"
             )
+        if len(groups) > len(self.ratios):
+            _unshare_rates(self.optimizer)
         for group in groups[len(self.ratios) :]:  # added since the last step
             present = [float(old["lr"]) / ratio for old, ratio in zip(groups, self.ratios, strict=False) if ratio]
             is_driven = self.groups is None and present and present[0] > 0
-            self.ratios.append(float(group["lr"]) / present[0] if is_driven else None)
+            is_default = float(group["lr"]) == self.optimizer.defaults.get("lr")  # so that it has named no rate
+            self.ratios.append((1.0 if is_default else float(group["lr"]) / present[0]) if is_driven else None)
 
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
         """The loss as a 0-d tensor on the state's device, the mean over the ranks."""
@@ -773,6 +787,13 @@ class MLRSNetLR:
         if not isinstance(loss, Tensor) and _num_ranks(self.process_group) > 1:
             value = value.to(self.optimizer.param_groups[0]["params"][0].device)  # where the ranks can reduce it
         return all_reduce_mean(value, self.process_group).to(self.state.device)
+
+    def _over_ranks(self, number: float) -> float:
+        """The mean over the ranks of a number that each has found by itself."""
+        if _num_ranks(self.process_group) == 1:
+            return number
+        device = self.optimizer.param_groups[0]["params"][0].device  # where the ranks can reduce it
+        return float(all_reduce_mean(torch.tensor(number, dtype=torch.float64, device=device), self.process_group))
 
     def _input(self, loss: Tensor) -> Tensor:
         """What the LSTM reads: the loss, 0 where it is not finite."""
@@ -796,7 +817,7 @@ class MLRSNetLR:
             gamma = self.chosen_gamma() if callable(self.chosen_gamma) else self.chosen_gamma
             if not _is_scale(gamma):
                 raise ValueError(f"the function given as gamma returned {gamma!r}; it has to return a positive number")
-            self.gamma = float(gamma)
+            self.gamma = self._over_ranks(float(gamma))
         self.phase = phase
         return True
 
@@ -804,7 +825,7 @@ class MLRSNetLR:
         """L of the formula; NaN where no finite loss is known."""
         if self.scale_loss:
             level, self.level = self.scale_loss() if self.level is None else self.level, None
-            return level
+            return self._over_ranks(float(level))
         # Deviation: the authors pass over the whole training set for L; scale_loss does, the losses at hand serve here.
         level = float(loss if self.phase < 0 else self.recent_losses.nanmedian())
         if not math.isfinite(level):
@@ -860,6 +881,8 @@ class MetaMLRSNetLR(MLRSNetLR):
             raise ValueError(f"t_val {t_val}, num_steps {num_steps}: nothing would be learned; {advice}")
         if meta_point not in ("lookahead", "average"):
             raise ValueError(f"meta_point {meta_point!r}: choose 'lookahead' or 'average'")
+        if meta_point == "lookahead" and average_decay is not None:
+            raise ValueError("average_decay belongs to meta_point='average'; leave it out")
         self.network, self.meta_loss = network, meta_loss
         self.average: Average | None = None
         if meta_point == "average":
@@ -905,11 +928,11 @@ class MetaMLRSNetLR(MLRSNetLR):
 
     def state_dict(self) -> dict[str, Any]:
         averaged = {"average": self.average.state_dict()} if self.average else {}
-        return super().state_dict() | {"adam": self.adam.state_dict()} | averaged
+        return super().state_dict() | {"adam": copy.deepcopy(self.adam.state_dict())} | averaged
 
     def load_state_dict(self, state: dict[str, Any], rescale: bool = False) -> None:
         super().load_state_dict(state, rescale)
-        self.adam.load_state_dict(state["adam"])
+        self.adam.load_state_dict(copy.deepcopy(state["adam"]))  # which keeps the tensors that it is given
         if self.average:
             self.average.load_state_dict(state["average"])
 
@@ -1058,7 +1081,7 @@ class _LoopWatch:
     def problem(self, schedule: MLRSNetLR) -> str:
         """What is wrong before this step of the schedule; nothing where it seems right."""
         problem = ""
-        if self.num_checks < 2:
+        if self.num_checks < 2 and _is_registered(self.hook):  # copies of an optimizer have no hooks
             problem = self._at_second_step(schedule) if self.num_checks else self._at_first_step(schedule)
             self.num_checks, self.num_updates = self.num_checks + 1, 0
         if schedule.steps_taken == schedule.num_steps and not problem:
@@ -1075,7 +1098,8 @@ class _LoopWatch:
         if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
             return ("no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
                     "schedule the optimizer of the network that trains")
-        steps = [state.get("step", 1) for state in self.optimizer.state.values()]  # Adagrad's begins with 0
+        states = [state for state in self.optimizer.state.values() if isinstance(state, dict)]
+        steps = [state.get("step", 1) for state in states]  # Adagrad's begins with 0
         if schedule.phase < 0 and not schedule.steps_taken and any(step > 0 for step in steps):
             return ("the optimizer has trained before, and this schedule starts at its first step: in a resumed run "
                     "load the schedule's state_dict(), too")
@@ -1085,7 +1109,8 @@ class _LoopWatch:
         self.hook.remove()
         if self.num_updates != 1 and not (schedule.handle and self.num_updates):  # GradScaler skips steps
             return (f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
-                    "of them, under accumulation with the mean over the micro-batches")
+                    "of them, but not before one that GradScaler skips, and under accumulation with the mean over the "
+                    "micro-batches")
         if schedule.steps_taken > 1 and self._has_state() and not self.had_state:
             return (f"the optimizer began anew, and this schedule went on at step {schedule.steps_taken}: in a resumed "
                     "run load the optimizer's state_dict(), too")
@@ -1108,7 +1133,8 @@ def _check_reach(optimizer: Optimizer, ratios: Ratios, lr: float | Tensor) -> bo
     if moved > 10 * weights.clamp(min=1) or _has_scaled_gradients(optimizer):
         raise RuntimeError(
             f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
-            "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma"
+            "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma, and scale the "
+            "targets of a regression to about 1"
         )
     return True
 
@@ -1159,6 +1185,9 @@ def lr_ratios(optimizer: Optimizer, groups: Sequence[int] | None = None) -> list
     driven = range(number) if groups is None else groups
     if not driven or not all(isinstance(index, Integral) and 0 <= index < number for index in driven):
         raise ValueError(f"groups {groups}: give indices of the optimizer's {number} parameter groups")
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and not group["lr"].is_floating_point():
+            raise ValueError(f"the learning rate is a tensor of {group['lr'].dtype}, which rounds it; give float32")
     rates = {index: float(optimizer.param_groups[index]["lr"]) for index in driven}
     largest = max(rates.values())
     if largest <= 0:
@@ -1193,7 +1222,7 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor, ratios: Ratios | None = Non
         if ratio is None:
             continue
         if isinstance(group["lr"], Tensor):
-            group["lr"].copy_(lr * ratio) if isinstance(lr, Tensor) else group["lr"].fill_(lr * ratio)
+            group["lr"].fill_(lr * ratio)
         elif isinstance(lr, Tensor) and group.get("fused"):
             group["lr"] = lr * ratio
         else:
@@ -1232,7 +1261,7 @@ def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
     Autocast forgets the weights that it has cast, as it has to wherever they have moved: where a caller's whole step
     lies in one autocast region, the network would run with old ones.
     """
-    copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors}
+    copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors if not _is_expanded(tensor)}
     _copy_all(copies.keys(), copies.values())
     try:
         yield copies
@@ -1290,7 +1319,8 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
         {name: value for name, value in vars(one).items() if isinstance(value, (int, float, Tensor))}
         for one in optimizers
     ]
-    entries = [entry for one in optimizers for entry in (*one.state.values(), *one.param_groups)]
+    entries = [entry for one in optimizers for entry in (*one.state.values(), *one.param_groups)
+               if isinstance(entry, dict)]
     tensors = [value for entry in (*entries, *attributes) for value in entry.values() if isinstance(value, Tensor)]
     before = [{name: value if _stays(value) else copy.deepcopy(value) for name, value in entry.items()}
               for entry in entries]
@@ -1317,10 +1347,20 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _stays(value: Any) -> bool:
-    """Whether the object itself is kept: a tensor, whose numbers are restored, or a group's list of parameters."""
+    """Whether the object itself is kept, as a tensor is, whose numbers are restored, and a group's parameters."""
     if isinstance(value, list):
         return any(isinstance(item, nn.Parameter) for item in value)
-    return isinstance(value, Tensor)
+    return not isinstance(value, (dict, set, tuple))
+
+
+def _is_registered(handle: RemovableHandle) -> bool:
+    return handle.id in (handle.hooks_dict_ref() or {})
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share their memory, so that torch refuses to write the tensor."""
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, strides, strict=False))
 
 
 def _is_sharded(tensor: Tensor) -> bool:

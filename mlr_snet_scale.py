@@ -106,7 +106,7 @@ def guessed_scale(optimizer: Optimizer, loss: float, num_classes: int | None = N
 def measure_lr_scale(
     network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], num_steps: int,
     max_norm: float | None = None, num_classes: int | None = None, perplexity: bool = False, budget: int | None = None,
-    groups: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None, process_group: Any = None,
 ) -> MeasuredScale:
     """The LR scale of a run of num_steps steps.
 
@@ -121,7 +121,7 @@ def measure_lr_scale(
         the micro-batches' losses, whose sum is the loss of the step; or None where an epoch ends, and is asked again.
         Where it has state_dict and load_state_dict, every trial sees the same batches.
     max_norm: clips the gradient.
-    num_classes, perplexity: as in MLRSNetLR, for the guess; groups, too: those left out train at their own rates.
+    num_classes, perplexity, process_group: as in MLRSNetLR; groups, too: those left out train at their own rates.
     budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
     Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
@@ -133,10 +133,12 @@ def measure_lr_scale(
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     optimizer, budget = unwrapped(optimizer), max(180, num_steps // 20) if budget is None else budget
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Rprop)):
+        raise TypeError(f"the LR scale of {type(optimizer).__name__} cannot be measured: give it as a number")
     if num_steps < 1 or budget < RANGE_STEPS + 20:
         raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 20}")
     usual, c = usual_lr(optimizer), run_over_trial(optimizer)
-    try_at = partial(try_rates, network, optimizer, next_loss, max_norm=max_norm, groups=groups)
+    try_at = partial(try_rates, network, optimizer, next_loss, max_norm, groups, process_group)
     range_rates = [usual * 10 ** (5 * step / (RANGE_STEPS - 1) - 3) for step in range(RANGE_STEPS)]
     range_test = try_at("range test", range_rates, until=lambda losses: len(smoothed(losses)) < len(losses))
     start, noise = _untrained_loss(range_test.losses)
@@ -165,8 +167,9 @@ def measure_lr_scale(
 
 
 def try_rates(
-    network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], kind: str, rates: list[float],
-    max_norm: float | None, groups: Sequence[int] | None, until: Callable[[list[float]], bool] = lambda losses: False,
+    network: nn.Module, optimizer: Optimizer, next_loss: Callable[[], Any], max_norm: float | None,
+    groups: Sequence[int] | None, process_group: Any, kind: str, rates: list[float],
+    until: Callable[[list[float]], bool] = lambda losses: False,
 ) -> Trial:
     """Train one step at each of the rates, then restore everything as measure_lr_scale does.
 
@@ -185,7 +188,8 @@ def try_rates(
                     nn.utils.clip_grad_norm_(network.parameters(), max_norm)
                 set_lr(optimizer, lr, ratios)
                 bare_step(optimizer)
-            losses += all_reduce_mean(torch.stack(some).double()).tolist()  # the means over the ranks
+            found = torch.stack(some).to(torch.promote_types(some[0].dtype, torch.float32))
+            losses += all_reduce_mean(found, process_group).tolist()
     return Trial(kind, rates[: len(losses)], losses)
 
 

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             optimizer, net, network, meta_stream, **schedule_arguments(task, args.num_epoch), gamma=gamma,
             scale_loss=partial(task.scale_loss, network), warmup=args.warmup, cooldown=args.cooldown,
             t_val=None if args.t_val == "auto" else args.t_val, lr=args.lr, meta_point=args.meta_point,
-            average_decay=None if args.average_decay == "auto" else args.average_decay,
+            average_decay=args.average_decay if args.meta_point == "average" and args.average_decay != "auto" else None,
         )
         average = schedule.average or average_of(args, network, schedule.num_steps)
 

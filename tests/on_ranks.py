@@ -77,7 +77,8 @@ def end_of(make, schedule_name):
         optimizer = build_optimizer("sgd", network.parameters(), 1.0, 0.5, 0.01)
         schedule = MetaMLRSNetLR(
             optimizer, net, network, MetaStream(task, network), **schedule_arguments(task, 3), t_val=1, lr=0.01,
-            gamma="paper" if task.num_classes else 0.3, meta_point=schedule_name, average_decay=0.9,
+            gamma="paper" if task.num_classes else 0.3, meta_point=schedule_name,
+            average_decay=0.9 if schedule_name == "average" else None,
         )
     else:
         optimizer, schedule = build_baseline(

@@ -49,7 +49,8 @@ def learned(kind, meta_point, is_sharded):
     torch.manual_seed(1)
     net = MLRSNet(6).double()
     schedule = MetaMLRSNetLR(
-        optimizer, net, network, meta_loss, 12, gamma=0.1, t_val=2, meta_point=meta_point, average_decay=0.9
+        optimizer, net, network, meta_loss, 12, gamma=0.1, t_val=2, meta_point=meta_point,
+        average_decay=0.9 if meta_point == "average" else None,
     )
     for _ in range(12):
         optimizer.zero_grad()
@@ -74,15 +75,22 @@ def measured(is_sharded):
 
 
 def independent():
-    """The rates of a run of this rank's own, beside those of the other rank's."""
+    """γ of a run of this rank's own, and of the runs of both: by its loss, by scale_loss, given and measured."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    rates = []
+    level = 2.0 + dist.get_rank()
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    gammas = []
     for group in (groups[dist.get_rank()], None):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = MLRSNetLR(optimizer, "paper", 6, num_classes=10, process_group=group)
-        schedule.step(2.0 + dist.get_rank())
-        rates.append(schedule.gamma)
-    return torch.tensor(rates)
+        measured = measure_lr_scale(
+            nn.ParameterList([weight]), optimizer, lambda: 10 ** (level - 3) * (weight - 1).square().sum(), 100,
+            process_group=group,
+        )
+        for options in ({}, {"scale_loss": lambda: level}, {"gamma": lambda: level}, {"gamma": measured.gamma}):
+            schedule = MLRSNetLR(optimizer, "paper", 6, num_classes=10, process_group=group, **options)
+            schedule.step(level)
+            gammas.append(schedule.gamma)
+    return torch.tensor(gammas)
 
 
 if __name__ == "__main__":

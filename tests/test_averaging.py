@@ -62,6 +62,13 @@ def test_the_meta_point_leaves_the_network_as_it_was_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_average_of_another_network_is_refused(width):
+    average = Average(nn.Linear(4, 5), 0.9)
+    with pytest.raises(ValueError, match="the average of another network"):
+        average.load_state_dict(Average(nn.Linear(4, width), 0.9).state_dict())
+
+
 def test_the_average_is_the_exponential_one_from_the_first_weights_on():
     network = small_network()
     average, weight = Average(network, 0.8), network[0].weight

@@ -166,6 +166,13 @@ def test_the_papers_scale_of_an_untrained_language_model_is_found_from_its_perpl
         math.sqrt(vocabulary) * math.log(vocabulary**2) / vocabulary**0.25 / 8)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Rprop])
+def test_optimizers_without_such_a_scale_are_refused(kind):
+    network = small_network()
+    with pytest.raises(TypeError, match=f"the LR scale of {kind.__name__} cannot be measured"):
+        measure_lr_scale(network, kind(network.parameters()), noisy_loss(network, None), 100)
+
+
 def test_bad_numbers_of_classes_are_refused():
     network = small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)

@@ -107,7 +107,8 @@ def test_scale_refuses_a_loss_that_is_not_positive(loss):
 def test_checkpoints_survive_a_round_trip(tmp_path, layers):
     net = MLRSNet(20, layers)
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    loaded = load_schedule(tmp_path / "net.pth")
+    with torch.device("meta"):  # which does not matter
+        loaded = load_schedule(tmp_path / "net.pth")
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values(), strict=True))
 
 

@@ -104,7 +104,8 @@ def test_past_the_planned_steps_a_schedule_without_a_cool_down_goes_on_and_says_
 
 
 @pytest.mark.parametrize("options", [
-    {"warmup": 0.6, "cooldown": 0.6}, {"warmup": -0.1}, {"cooldown": 1.5}, {"changes": [3, 2]}, {"changes": [2]},
+    {"warmup": 0.6, "cooldown": 0.6}, {"warmup": -0.1}, {"cooldown": 1.5},
+    {"changes": [3, 2]}, {"changes": [2]}, {"changes": [-1, 2]}, {"changes": [2, 11]},
     {"groups": [1]}, {"groups": []}, {"gamma": -1.0}, {"gamma": "fast"}, {"gamma": math.nan}, {"gamma": True},
 ])
 def test_arguments_that_describe_no_run_are_refused(options):
@@ -214,6 +215,58 @@ def test_a_group_added_in_mid_run_has_its_rate_over_the_present_one_as_its_share
         schedule.step(1.5)
         first, second = schedule.get_last_lr()
         assert second == pytest.approx(first / 10)
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_a_group_added_without_a_rate_has_the_full_one(make):
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=make(1.0))
+    schedule = MLRSNetLR(optimizer, load_schedules(), 20, gamma=0.02)
+    rates(schedule, [2.0, 2.0])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    schedule.step(1.5)
+    first, second = schedule.get_last_lr()
+    assert first == second == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_group_added_beside_the_driven_ones_has_a_rate_tensor_of_its_own():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(1.0))
+    schedule = MLRSNetLR(optimizer, load_schedules(), 20, gamma=0.02, groups=[0])
+    rates(schedule, [2.0, 2.0])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    seconds = [(schedule.step(loss), float(schedule.get_last_lr()[1]))[1] for loss in (1.5, 1.0, 0.5)]
+    assert len(set(seconds)) == 1 and len({float(lr) for lr in schedule.get_last_lr()}) == 2
+
+
+def test_a_rate_tensor_of_integers_is_refused():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(1))
+    with pytest.raises(ValueError, match="a tensor of torch.int64, which rounds it"):
+        MLRSNetLR(optimizer, load_schedules(), 20, gamma=1.0)
+
+
+def test_another_scheduler_is_told_where_the_rate_is_a_tensor_on_the_host():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(1.0))
+    schedule = MLRSNetLR(optimizer, load_schedules(), 20, gamma=1.0)
+    schedule.step(2.0)
+    optimizer.param_groups[0]["lr"].fill_(0.3)
+    with pytest.raises(RuntimeError, match="the learning rate is 0.3, but this schedule had set"):
+        schedule.step(2.0)
+
+
+def test_an_attached_schedule_is_not_copied_and_a_free_copy_does_not_complain():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(1)
+    schedule = MLRSNetLR(optimizer, load_schedules(), 20, gamma=1.0)
+    handle = schedule.attach(lambda: 2.0)
+    with pytest.raises(TypeError, match="an attached schedule cannot be copied"):
+        copy.deepcopy(schedule)
+    handle.remove()
+    other = copy.deepcopy(schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            other.step(2.0)
+            other.optimizer.step()
+    assert other.net is other.nets[0] and schedule.net is schedule.nets[0]
 
 
 def test_what_another_scheduler_left_behind_does_not_count():
@@ -417,10 +470,14 @@ def test_a_state_that_was_kept_does_not_change_as_the_run_goes_on(learning):
         schedule = meta_schedule(network, optimizer, gamma=0.1, meta_point="average")
     schedule.step(2.0)
     kept = schedule.state_dict()
-    before = copy.deepcopy({name: kept[name] for name in (*schedule.counters, *schedule.buffers)})
+    before = copy.deepcopy(kept)
+    for parameter in network.parameters():
+        parameter.data.add_(0.1)
     rates(schedule, [1.0, 0.5])
-    assert all(torch.equal(before[name].nan_to_num(-1), kept[name].nan_to_num(-1)) for name in schedule.buffers)
-    assert all(before[name] == kept[name] for name in schedule.counters)
+    torch.testing.assert_close(kept, before, rtol=0, atol=0, equal_nan=True)
+    schedule.load_state_dict(kept)
+    rates(schedule, [1.0, 0.5])
+    torch.testing.assert_close(kept, before, rtol=0, atol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------------------- meta gradients
@@ -734,6 +791,12 @@ def test_scaled_gradients_show_against_the_averages_of_the_optimizer(kind, scale
         parameter.grad.mul_(10 * scale)
     with pytest.raises(RuntimeError, match="scaler.unscale_"):
         meta_schedule(network, optimizer, gamma=1e-3).step(1.0)
+
+
+def test_a_decay_without_an_average_is_refused():
+    network, optimizer = trained(lambda p: SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match="average_decay belongs to meta_point='average'"):
+        meta_schedule(network, optimizer, average_decay=0.9)
 
 
 def test_a_meta_loss_that_changes_the_mode_leaves_it_as_it_was():

@@ -40,6 +40,10 @@ def test_the_scale_of_a_sharded_network_is_that_of_a_whole_one(ends):
 
 
 def test_runs_of_a_rank_of_its_own_are_not_averaged(ends):
-    own, together = zip(*(end["independent"].tolist() for end in ends), strict=True)
-    assert own == pytest.approx([lr_scale(2.0, 10), lr_scale(3.0, 10)])
-    assert together == pytest.approx([lr_scale(2.5, 10)] * 2)
+    own, together = zip(*(end["independent"].view(2, 4) for end in ends), strict=True)
+    for number, gammas in enumerate(zip(own, together, strict=True)):
+        by_loss, by_scale_loss, given, measured = (kind.tolist() for kind in torch.stack(gammas).unbind(1))
+        assert by_loss == by_scale_loss == pytest.approx([lr_scale(2.0 + number, 10), lr_scale(2.5, 10)])
+        assert given == [2.0 + number, 2.5]
+        assert measured[0] != measured[1]
+    assert torch.equal(*together) and own[0][3] > own[1][3]

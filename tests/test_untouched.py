@@ -89,6 +89,29 @@ def test_a_buffer_that_the_forward_pass_rebinds_is_restored(how):
 
 
 @pytest.mark.parametrize("how", ["lookahead", "average", "measuring"])
+def test_a_buffer_whose_elements_share_their_memory_is_left_alone(how):
+    network = nn.Sequential(nn.Linear(4, 1), nn.BatchNorm1d(1))
+    network.register_buffer("weights", torch.ones(1).expand(5))
+    network.register_buffer("row", torch.arange(3.0).expand(1, 3))  # nothing is shared here
+    act(how, network, SGD(network.parameters(), lr=0.1))
+    assert network.weights.tolist() == [1.0] * 5 and network.row.tolist() == [[0.0, 1.0, 2.0]]
+
+
+@pytest.mark.parametrize("how", ["lookahead", "measuring"])
+def test_what_an_optimizer_keeps_beside_tensors_stays_the_same_object(how):
+    class Noted(SGD):  # not SGD itself, so that it takes trial steps
+        pass
+
+    network = nn.Linear(4, 1)
+    optimizer = Noted(network.parameters(), lr=0.1)
+    note = optimizer.param_groups[0]["note"] = object()
+    optimizer.state["calls"] = 3
+    act(how, network, optimizer)
+    assert optimizer.param_groups[0]["note"] is note and optimizer.state["calls"] == 3
+    MLRSNetLR(optimizer, "paper", 8, gamma=0.1).step(1.0)
+
+
+@pytest.mark.parametrize("how", ["lookahead", "average", "measuring"])
 @pytest.mark.parametrize("kind", [Pair, Replacing, Reassigning])
 def test_a_forward_pass_that_moves_parameters_itself_is_refused(how, kind):
     network = kind()
