@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from mlr_snet import all_reduce_mean
 
 ROOT = Path(__file__).resolve().parent
-COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # in cost.json; only the passes leave evaluation out
+COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # in cost.json; the passes leave tests out
 
 # ---------------------------------------------------------------------------------------------- torchrun's ranks
 

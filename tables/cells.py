@@ -79,7 +79,8 @@ def cells_of(
                 if seed >= (most if name in grid else seeds_of.get(name, seeds)):
                     continue
                 arguments = _arguments_of(table, preset, line, METHODS[name])
-                if not METHODS[name].knows_length:  # its run on the longest line also serves the shorter ones
+                # A run on the longest line also serves the shorter ones, unless an average's window is of its length.
+                if not METHODS[name].knows_length and "average" not in arguments:
                     arguments["num-epoch"] = str(longest[_all_but_length(line)])
                 cell = Cell(METHODS[name], seed, arguments, {})
                 served = cells.setdefault(cell.name, cell).lines
@@ -116,9 +117,7 @@ def _methods_of(table: Table, line: Arguments, methods: Sequence[str]) -> Sequen
     if not table.text_methods:
         return methods or table.methods
     fitting = table.text_methods if line["dataset"] in TEXTS else table.methods
-    if not methods:
-        return fitting
-    return [method for method in methods if method in fitting]
+    return [method for method in methods if method in fitting] if methods else fitting
 
 
 def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) -> Arguments:

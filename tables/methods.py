@@ -28,13 +28,7 @@ class Method:
     @property
     def knows_length(self) -> bool:
         """Whether it adapts to the length of the run. If not, a long run begins like a short one."""
-        if "measured" in self.flags.values():
-            return True
-        if not self.is_ours:
-            return SCHEDULES[self.schedule].knows_length
-        if self.script == "meta-train":  # as many updates in a run of any length
-            return True
-        return self.flags.get("nets") != "recommended"  # one net; the three share the run
+        return self.is_ours or "measured" in self.flags.values() or SCHEDULES[self.schedule].knows_length
 
     @property
     def has_own_direction(self) -> bool:

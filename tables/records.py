@@ -78,7 +78,7 @@ def _results(done: list[Run], epochs: int) -> Record:
         results[f"{name}_mean"] = statistics.mean(values)
         results[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
     results["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
-    if all(run.cost for run in done):
+    if all("forward_passes" in run.cost for run in done):
         results["steps_per_epoch"] = done[0].cost["steps_per_epoch"]
         results["passes_per_step"] = done[0].arguments.get("accumulate", 1)
         for name in COSTS:  # the passes of the epochs that count

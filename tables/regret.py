@@ -102,7 +102,7 @@ def regrets_of(records: list[Record]) -> list[Record]:
             if _has_finished(record):
                 by_seed = _by_seed(record, mark, weights)
                 found = {"result": record[column], "regret": statistics.mean(by_seed), "by_seed": by_seed,
-                         "relative_steps": record["relative_steps"]}
+                         "relative_steps": record.get("relative_steps")}
             else:
                 found = {"result": None, "regret": math.inf, "by_seed": [math.inf], "relative_steps": None}
             regrets.append(regret | {"weights": weights} | found)

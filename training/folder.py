@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import (
@@ -43,11 +43,6 @@ def _numbers(table: dict[str, float], names: Iterable[str]) -> dict[str, float]:
     if not names <= table.keys() or not all(isinstance(value, (int, float)) for value in table.values()):
         raise ValueError(f"expected numbers for {', '.join(sorted(names))}, found {table}")
     return dict(table)
-
-
-def _longest(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The row of the most columns: an epoch without a test leaves some of them empty."""
-    return max(rows, key=lambda row: len(row))
 
 
 class Metrics:
@@ -95,7 +90,7 @@ class Metrics:
     def write(self, path: Path) -> None:
         """metrics.csv."""
         text = io.StringIO()
-        table = csv.DictWriter(text, list(_longest(self.rows)))
+        table = csv.DictWriter(text, list(max(self.rows, key=len)))
         table.writeheader()
         table.writerows(self.rows)
         write_atomically(path, text.getvalue().encode())
@@ -107,30 +102,42 @@ class Metrics:
         """Continue from state_dict(). ValueError for rows that are not of one table, or not of the first epochs."""
         rows = [_numbers(row, ("epoch", "lr", "seconds")) for row in state["rows"]]
         for number, row in enumerate(rows, 1):
-            if not row.keys() <= _longest(rows).keys() or row["epoch"] != number:
+            if not row.keys() <= max(rows, key=len).keys() or row["epoch"] != number:
                 raise ValueError(f"row {number} of the metrics is {row}")
         self.rows, self.totals = rows, _numbers(state["totals"], self.EMPTY)
 
 
 class Cost:
-    """What a run takes: passes through the network without evaluation, and the peak of the memory in MiB with it."""
+    """What a run takes: passes through the network without its tests, and the peak of the memory in MiB with them.
 
-    def __init__(self, network: nn.Module, is_compiled: bool):
+    images_per_pass are those of a training pass. One in eval mode, as for the paper's γ, counts by its number of them;
+    for text (None) it is as large. Where the network is compiled, passes are not counted.
+    """
+
+    def __init__(self, network: nn.Module, is_compiled: bool, images_per_pass: float | None = None):
         self.counts: dict[str, float] = dict.fromkeys(COSTS, 0)
         self.counting = True
-        if not is_compiled:  # every count would compile the network again
-            network.register_forward_hook(lambda *_: self._count("forward_passes"))
-            next(network.parameters()).register_hook(lambda _: self._count("backward_passes"))
+        if is_compiled:  # every count would compile the network again
+            self.counts = {name: 0 for name in COSTS if not name.endswith("_passes")}
+            return
 
-    def _count(self, name: str) -> None:
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+            is_whole = module.training or images_per_pass is None
+            self._count("forward_passes", 1 if is_whole else len(inputs[0]) / images_per_pass)
+
+        network.register_forward_hook(count)
+        next(network.parameters()).register_hook(lambda _: self._count("backward_passes", 1))
+
+    def _count(self, name: str, number: float) -> None:
         if self.counting:
-            self.counts[name] += 1
+            self.counts[name] += number
 
     def add_steps(self, num_steps: int, passes_per_step: int) -> None:
         """Count the training steps that measured the LR scale."""
         self.counts["measuring_steps"] = num_steps
-        for name in ("forward_passes", "backward_passes"):
-            self.counts[name] += num_steps * passes_per_step
+        for name in self.counts:
+            if name.endswith("_passes"):
+                self.counts[name] += num_steps * passes_per_step
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,7 +155,7 @@ class Cost:
         return dict(self.counts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts = _numbers(state, COSTS)
+        self.counts = _numbers(state, COSTS if "forward_passes" in self.counts else ())
 
 
 def contents(folder: Path) -> list[str]:

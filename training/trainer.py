@@ -102,7 +102,9 @@ class Trainer:
         self.gamma: float | None = None  # as last told
         on_cpu = next(network.parameters()).device.type == "cpu"
         self.fetch_every = 1 if on_cpu else FETCH_EVERY
-        self.metrics, self.cost, self.measurement = Metrics(), Cost(network, args.compile), measurement
+        images_per_pass = None if task.perplexity else args.batch_size / args.accumulate / world_size()
+        self.metrics, self.cost = Metrics(), Cost(network, args.compile, images_per_pass)
+        self.measurement = measurement
         parts = {
             "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
             "metrics": self.metrics, "cost": self.cost,
@@ -154,7 +156,7 @@ class Trainer:
             raise ValueError(f"{self.checkpoint.path}: not a checkpoint of this run (its hidden states do not fit)")
 
     def run(self) -> int:
-        """Train to the end; returns the exit status: 0, 1 where it failed or diverged, 128 + a signal that ended it."""
+        """Train to the end; returns the exit status: 0, 1 where it diverged, 2 for a fault outside, 128 + a signal."""
         try:
             double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
             with StopSignal() as stop, double_backward:
@@ -304,7 +306,7 @@ class Trainer:
         row = self.task.train_metrics(**means)
         if not is_tested:
             return row
-        with evaluating(self.optimizer, self.network, self.task):
+        with evaluating(self.optimizer, self.network, self.task):  # where schedule-free swaps the weights
             row |= self.task.evaluate(self.network)
             if self.average and self.args.average:
                 name = f"test_{self.task.metric}"
