@@ -90,7 +90,7 @@ class Metrics:
     def write(self, path: Path) -> None:
         """metrics.csv."""
         text = io.StringIO()
-        table = csv.DictWriter(text, list(max(self.rows, key=len)))
+        table = csv.DictWriter(text, max(self.rows, key=lambda row: len(row)).keys())
         table.writeheader()
         table.writerows(self.rows)
         write_atomically(path, text.getvalue().encode())
@@ -102,7 +102,7 @@ class Metrics:
         """Continue from state_dict(). ValueError for rows that are not of one table, or not of the first epochs."""
         rows = [_numbers(row, ("epoch", "lr", "seconds")) for row in state["rows"]]
         for number, row in enumerate(rows, 1):
-            if not row.keys() <= max(rows, key=len).keys() or row["epoch"] != number:
+            if not row.keys() <= max(rows, key=lambda row: len(row)).keys() or row["epoch"] != number:
                 raise ValueError(f"row {number} of the metrics is {row}")
         self.rows, self.totals = rows, _numbers(state["totals"], self.EMPTY)
 
@@ -122,8 +122,10 @@ class Cost:
             return
 
         def count(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-            is_whole = module.training or images_per_pass is None
-            self._count("forward_passes", 1 if is_whole else len(inputs[0]) / images_per_pass)
+            number = 1.0
+            if images_per_pass is not None and not module.training:
+                number = len(inputs[0]) / images_per_pass
+            self._count("forward_passes", number)
 
         network.register_forward_hook(count)
         next(network.parameters()).register_hook(lambda _: self._count("backward_passes", 1))
