@@ -309,7 +309,7 @@ def first_line(error: BaseException) -> str:
 def read_text(path: str | Path) -> str:
     """The file's text, or nothing where there is none."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text("utf-8", errors="replace")
     except OSError:
         return ""
 

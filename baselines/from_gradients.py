@@ -37,10 +37,10 @@ def _positive(lr: float) -> float:
 
 
 class HD(Baseline):
-    """Hypergradient descent: lr_t = lr_{t−1} + β⟨∇L(w_t), u_{t−1}⟩, u the direction last applied.
+    """Hypergradient descent: lr_t = max(0, lr_{t−1} + β⟨∇L(w_t), u_{t−1}⟩), u the direction last applied.
 
     beta is β; coupled weight decay counts as part of L. Source: Baydin et al., "Online Learning Rate Adaptation with
-    Hypergradient Descent", 2018.
+    Hypergradient Descent", 2018. Deviation: theirs lets the rate fall below 0.
     """
 
     has_beta = True

@@ -114,7 +114,7 @@ class Linear(Warmup):
 class WSD(Warmup):
     """Warm-up, stable, decay: linear warm-up over 5 % of the run, linear decay to 0 over its last 20 %.
 
-    Source: Hu et al., "MiniCPM", 2024.
+    Source: Hu et al., "MiniCPM", 2024. Deviation: theirs decays exponentially, over a tenth of the run.
     """
 
     def factor(self, epoch: float) -> float:

@@ -99,8 +99,8 @@ def steps_per_epoch_of(run: Path | None) -> int:
     if not path or not path.exists():
         return 20
     try:
-        return int(json.loads(path.read_text())["steps_per_epoch"])
-    except (ValueError, KeyError, TypeError) as error:
+        return number(int, 1, 10**6)(str(json.loads(path.read_text())["steps_per_epoch"]))
+    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path}: not the costs of a run ({type(error).__name__})") from None
 
 
@@ -137,17 +137,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"nets that share the run in turn, the folder of a meta-train run, or one of {', '.join(SHIPPED)} "
         "(default: paper)")
     add("--losses", type=Path, metavar="RUN", help="a run's folder or metrics.csv, whose training losses the nets read")
-    add("--decay", type=number(float, 0, above=True), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
+    add("--decay", type=number(float, 1e-6, 1e6), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
         help="without --losses: a training loss that falls exponentially, in nats (default: 2.3 0.01)")
     add("--num-epoch", type=number(int, 1), default=60, help="epochs of that decay (default: 60)")
     add("--steps-per-epoch", type=number(int, 1), metavar="N", help="(default: those of the run of --losses, or 20)")
-    add("--num-classes", type=number(int, 2), default=10, help="classes, or the size of the vocabulary (default: 10)")
+    add("--num-classes", type=number(int, 2), metavar="N",
+        help="classes, or the size of the vocabulary, which --perplexity needs (default: 10)")
     add("--perplexity", action="store_true", help="the losses are a language model's")
-    add("--gamma", type=number_or(number(float, 0, above=True), "auto"), default="auto",
+    add("--gamma", type=number_or(number(float, 1e-6, 1e6), "auto"), default="auto",
         help="LR scale: a number, or auto for the paper's formula (default: auto)")
     add("--out", type=Path, default=SCRIPT.parent / "result" / "inspect-schedule.png", metavar="FILE",
         help="the picture (default: result/inspect-schedule.png beside this script)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.perplexity and args.num_classes is None:
+        parser.error("--perplexity: give the size of the vocabulary, too, as --num-classes")
+    args.num_classes = args.num_classes or 10
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,11 +47,6 @@ def threads_of(options: dict[str, str]) -> int:
         raise ValueError(f"--slurm-option cpus_per_task={options['cpus_per_task']}: give a whole number") from None
 
 
-def _number(text: str) -> int | float | str:
-    """The number that an option's value is, where it is one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _number(text: str) -> int | str:
+    """The whole number that an option's value is, where it is one and would be written so."""
+    return int(text) if text.isdecimal() and str(int(text)) == text else text

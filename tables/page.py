@@ -62,7 +62,7 @@ def write_html(path: Path, title: str, records: list[Record], highlight: Sequenc
         if finished:
             parts.append(_curves(finished, shown))
         parts.append(_rows(members))
-    write_atomically(path, file_html(column(*parts), INLINE, title).encode())
+    write_atomically(path, file_html(column(*parts), INLINE, title).encode(errors="backslashreplace"))
 
 
 def _curves(members: list[Record], shown: list[str]) -> Any:

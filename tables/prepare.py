@@ -29,12 +29,12 @@ def write_cifar10(downloads: Path, folder: Path) -> None:
 
 
 def write_wikitext2(source: Path, folder: Path) -> None:
-    """folder/{train,valid,test}.txt: the validation text trains, 200 lines and the second half of the test text test.
+    """folder/{train,valid,test}.txt: the validation text trains, of the test text 200 lines validate and half tests.
 
     OSError where wiki.valid.tokens or wiki.test.tokens is missing in `source`.
     """
-    train = (source / "wiki.valid.tokens").read_text()
-    test = (source / "wiki.test.tokens").read_text().split("\n")
+    train = (source / "wiki.valid.tokens").read_text("utf-8")
+    test = (source / "wiki.test.tokens").read_text("utf-8").split("\n")
     counts = Counter(train.split())
     splits = {"train": train.split("\n"), "valid": test[:VALID_LINES], "test": test[len(test) // 2 :]}
     folder.mkdir(parents=True, exist_ok=True)

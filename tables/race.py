@@ -200,7 +200,7 @@ class Race:
                 elif bar.disable:
                     print(f"{len(self.runs) - len(jobs)} of {len(self.runs)} runs: {run.name}", file=sys.stderr)
             if polls % 50 == 0:  # reading all metrics takes time that the runs need
-                bar.update(sum(len(rows_of(self.folder / cell.name)) for cell in self.cells) - bar.n)
+                bar.update(sum(_epochs_in(self.folder / cell.name) for cell in self.cells) - bar.n)
             polls += 1
             time.sleep(0.2)
         bar.close()
@@ -222,3 +222,11 @@ class Race:
             run.stop()
         for job in self.jobs:
             job.cancel(check=False)
+
+
+def _epochs_in(folder: Path) -> int:
+    """How many a run has finished; 0 where its metrics are damaged, which collect() tells."""
+    try:
+        return len(rows_of(folder))
+    except ValueError:
+        return 0

@@ -49,10 +49,12 @@ def _seeds(runs: Sequence[Run]) -> str:
         methods.setdefault(run.seed, [])
         if run.method not in [*methods[run.seed], *GRID]:
             methods[run.seed].append(run.method)
-    of_all = [str(seed) for seed, names in methods.items() if names == next(iter(methods.values()))]
-    of_some = [str(seed) for seed in methods if str(seed) not in of_all]
-    more = f"; {', '.join(of_some)} of {', '.join(methods[int(of_some[-1])])}, too" if of_some else ""
-    return f"Seeds: {', '.join(of_all)}{more}."
+    seeds: dict[tuple[str, ...], list[str]] = {}
+    for seed, names in methods.items():
+        seeds.setdefault(tuple(names), []).append(str(seed))
+    (_, of_all), *of_some = seeds.items()
+    more = [f"; {', '.join(some)} of {', '.join(names)}, too" for names, some in of_some]
+    return f"Seeds: {', '.join(of_all)}{''.join(more)}."
 
 
 def _guesses(runs: Sequence[Run]) -> str:

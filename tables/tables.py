@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 
 from cells import Cell, cells_of
 from cluster import build_executor, threads_of
-from methods import METHODS
+from methods import CONSTANT, METHODS
 from page import is_available, write_html
 from race import Race
 from records import summarise
@@ -47,10 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paper (the paper's setting), desk (two cores and hours) or smoke (minutes, without a download) "
         "(default: desk)")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
-    add("--more-seeds", nargs="+", default=[], metavar="METHOD=N", help="methods with more seeds than the others")
-    add("--only", nargs="+", choices=METHODS, metavar="METHOD", default=[],
+    add("--more-seeds", nargs="+", action="extend", default=[], metavar="METHOD=N",
+        help="methods with more seeds than the others")
+    add("--only", nargs="+", action="extend", choices=METHODS, metavar="METHOD", default=[],
         help=f"methods to run and to show: some of {', '.join(METHODS)} (default: the table's)")
-    add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
+    add("--set", nargs="+", action="extend", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
         "image-root=DIR text-root=DIR give images and text their own")
 
@@ -58,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=number(int, 1), metavar="N",
         help="runs side by side on this machine, sharing its cores (default: 1)")
     add("--slurm", action="store_true", help="submit the runs as jobs to a Slurm cluster (needs the package submitit)")
-    add("--slurm-option", nargs="+", default=[], metavar="NAME=VALUE", dest="slurm_options",
+    add("--slurm-option", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="slurm_options",
         help="options of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 "
         "minutes and 1 CPU); cluster=local runs them on this machine")
     add("--help", "-h", action="help", help="show this and exit")
@@ -66,12 +67,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("report").add_argument
     add("--target", type=number(float, 0), metavar="RESULT",
         help="test accuracy (%%) or perplexity to reach (default: where fixed ends, or sgd+val for text)")
-    add("--highlight", nargs="+", choices=METHODS, metavar="METHOD", default=[],
+    add("--highlight", nargs="+", action="extend", choices=METHODS, metavar="METHOD", default=[],
         help="methods that the pictures show in colour (default: MLR-SNet and the best others, eight in all)")
     add("--out", type=folder, default=SCRIPT.parent / "result", metavar="DIR",
         help="folder of the tables (default: result beside this script)")
     add("--open", action="store_true", help="show the table's page in the browser (needs the package bokeh)")
-    add("--render", nargs="+", type=folder, metavar="DIR",
+    add("--render", nargs="+", action="extend", type=folder, metavar="DIR",
         help="write the page and pictures of finished results again, from their runs.jsonl and metrics.csv, and exit")
     args = parser.parse_args(argv)
     if not (args.list or args.render or args.table):
@@ -144,12 +145,16 @@ def parse_overrides(words: list[str]) -> dict[str, str]:
 def check_lines(args: argparse.Namespace) -> None:
     """ValueError for an override of what the table's lines differ in, or what one of its methods sets itself."""
     table = TABLES[args.table]
+    unfit = [name for name in args.only if table.text_methods and name not in [*table.methods, *table.text_methods]]
+    if unfit:
+        raise ValueError(f"{unfit[0]}: no line of {args.table} runs it; leave it out of --only")
     for flag in args.overrides:
         values = {line.get(flag) for line in table.lines(args.preset)}
         if None not in values and len(values) > 1:
             raise ValueError(f"{flag}: the lines of {args.table} differ in it; leave it out")
         for name in args.only or table.methods:
-            if flag in METHODS[name].flags:
+            sets_lr = METHODS[name].script == "meta-train" or name == CONSTANT  # there it is Adam's on the net
+            if flag in METHODS[name].flags or (flag == "lr" and sets_lr):
                 raise ValueError(f"{flag}: the method {name!r} sets it; leave it out, or choose others with --only")
 
 
@@ -240,7 +245,7 @@ def run_table(args: argparse.Namespace, command: str) -> int:
         if is_available():
             _, runs = read(out)
             write_html(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
-    print((out / "README.md").read_text())
+    print((out / "README.md").read_text("utf-8"))
     if args.open:
         webbrowser.open((out / "table.html").as_uri())
     return 0

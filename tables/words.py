@@ -45,7 +45,7 @@ def in_words(arguments: Mapping[str, Any]) -> str:
     network, dataset = arguments["network"], arguments["dataset"]
     title = DATASETS.get(dataset, dataset)
     if dataset in ("folder", "text"):
-        name = Path(arguments.get("data-root") or "").name or "your"
+        name = Path(arguments.get("data-root") or "").name.encode(errors="backslashreplace").decode() or "your"
         content, kind = ("text", "text folder") if dataset == "text" else ("images", "class folder")
         title = f"{DATASETS.get(name, name)} {content} ({kind})"
     return f"{NETWORKS.get(network, network)} on {title}"

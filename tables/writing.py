@@ -25,11 +25,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     writer.writeheader()
     for row in rows:
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -40,7 +40,7 @@ def write_jsonl(path: Path, contents: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -51,7 +51,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def read_toml(name: str) -> dict[str, Any]:
     """readings.toml, what a person read in each result, or published.toml, the paper's numbers."""
-    return tomllib.loads((FOLDER / name).read_text())
+    return tomllib.loads((FOLDER / name).read_text("utf-8"))
 
 
 def write_page(
@@ -76,7 +76,7 @@ def write_page(
         f"Commit {', '.join(sorted(commits))}; {'; '.join(sorted(machines))}; torch {', '.join(sorted(versions))}. "
         f"`tables.py --render` makes this page from the runs and metrics beside it. {reading['note']}".rstrip(), "",
     ]
-    write_atomically(folder / "README.md", "\n".join(lines).encode())
+    write_atomically(folder / "README.md", "\n".join(lines).encode(errors="backslashreplace"))
 
 
 def index_lines() -> list[str]:
@@ -84,12 +84,12 @@ def index_lines() -> list[str]:
     lines = []
     for name, reading in read_toml("readings.toml").items():
         page = Path("results") / name / "README.md"
-        title = (FOLDER / page).read_text().splitlines()[0].removeprefix("# ")
+        title = (FOLDER / page).read_text("utf-8").splitlines()[0].removeprefix("# ")
         lines.append(f"- [{title}]({page}): {reading['reading'].split('. ')[0].rstrip('.')}.")
     return lines
 
 
 def write_index() -> None:
     """These lines, at the end of tables/README.md."""
-    above, _, _ = (FOLDER / "README.md").read_text().partition(INDEX)
+    above, _, _ = (FOLDER / "README.md").read_text("utf-8").partition(INDEX)
     write_atomically(FOLDER / "README.md", "\n".join([f"{above}{INDEX}", *index_lines(), ""]).encode())

@@ -108,7 +108,7 @@ RESUMED = [
     (META_TRAIN, ["--out", "BAD/orphan"], "args.json is missing beside checkpoint.pth"),
     (META_TRAIN, ["--out", "BAD/text"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/list"], "no run's arguments"),
-    (META_TRAIN, ["--out", "BAD/null"], "no run's arguments"), (META_TRAIN, ["--out", "BAD/flat"], "not a table"),
+    (META_TRAIN, ["--out", "BAD/null"], "no run's arguments"), (META_TRAIN, ["--out", "BAD/flat"], "not a dict"),
     (META_TRAIN, ["--out", "BAD/deep"], "no run's arguments"), (META_TRAIN, ["--out", "BAD/seeds"], "damaged"),
     (META_TRAIN, ["--out", "BAD/help"], "damaged"), (META_TRAIN, ["--out", "BAD/hardware"], "threads is 1000000000000"),
     (META_TRAIN, ["--out", "BAD/versions"], "no run's versions"),

@@ -146,12 +146,12 @@ def test_a_run_resumed_with_other_threads_ends_as_an_unbroken_one(tmp_path):
 
 @pytest.mark.parametrize(("table", "name", "value"), [
     ("versions", "torch", "2.6.0"), ("hardware", "gpu", "NVIDIA H100"), ("hardware", "cpu", "Z80"),
-    ("hardware", "ranks", 2),
+    ("hardware", "ranks", 2), (None, "commit", "abc"),
 ])
 def test_a_resumed_run_says_what_has_changed_since_it_began(table, name, value, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     record = json.loads((finished / "args.json").read_text())
-    record[table][name] = value
+    (record[table] if table else record)[name] = value
     (tmp_path / "run" / "args.json").write_text(json.dumps(record))
     done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path / "run")
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1

@@ -78,6 +78,20 @@ def test_the_length_of_an_epoch_is_that_of_the_run(tmp_path):
     assert script.steps_per_epoch_of(tmp_path) == script.steps_per_epoch_of(tmp_path / "metrics.csv") == 36
 
 
+@pytest.mark.parametrize("words", [["--perplexity"], ["--gamma", "1e300"], ["--decay", "1e300", "1e290"]])
+def test_what_the_schedule_could_not_follow_is_refused(capsys, words):
+    done, _ = inspect(capsys, *words)
+    assert done.returncode == 2 and f"error: argument {words[0]}" in done.stderr.replace("error: --", "error: argument --")
+
+
+@pytest.mark.parametrize("steps", ["-5", "Infinity", "null", '"x"'])
+def test_costs_that_are_none_are_one_line(tmp_path, capsys, steps):
+    (tmp_path / "metrics.csv").write_text("epoch,lr,train_loss\n1,0.1,2.0\n")
+    (tmp_path / "cost.json").write_text(f'{{"steps_per_epoch": {steps}}}')
+    done, _ = inspect(capsys, "--losses", tmp_path)
+    assert done.returncode == 2 and "cost.json: not the costs of a run" in done.stderr
+
+
 def test_a_run_of_one_step_shows_no_reaction(tmp_path, capsys):
     words = ["--nets", "recommended", "--num-epoch", "1", "--steps-per-epoch", "1", "--out", tmp_path / "one.png"]
     _, printed = inspect(capsys, *words)

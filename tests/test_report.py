@@ -92,6 +92,20 @@ def test_a_regret_is_against_the_same_seed_of_the_cosine_and_the_page_says_which
     regrets = {regret["method"]: regret["by_seed"] for regret in regrets_of(summarise(runs, None))}
     assert regrets == {"fixed": [10, 0], "linear": [0, -10, -20], "wsd": [10, 0]}
     assert _seeds(runs) == "Seeds: 0, 1; 2 of linear, too."
+    runs.append(run_of("fixed", 3, accuracies(1), **{"num-epoch": 1}))
+    assert _seeds(runs) == "Seeds: 0, 1; 2 of linear, too; 3 of fixed, too."
+
+
+def test_a_name_that_is_not_utf8_stands_on_the_page_in_escapes(tmp_path):
+    run = run_of("fixed", 0, accuracies(1, 2), dataset="folder", **{"data-root": "x\udcff"})
+    assert "x\\udcff" in result_of(tmp_path, [run])
+
+
+def test_a_table_with_regrets_does_without_costs(two_problems, tmp_path):
+    for run in two_problems:
+        run.cost = {"peak_memory_mib": 1.0}
+    page = "\n".join(regret_of(tmp_path, two_problems, summarise(two_problems, None), []))
+    assert "| fixed | 8.00 | 8.00 | 2.00 | ∞ | ∞ | ∞ | 0 % | 1 | – |" in page
 
 
 def test_of_equal_cosines_the_lowest_peak_is_the_best_whatever_the_order_of_the_runs():

@@ -90,6 +90,23 @@ def test_the_annotations_of_tinyimagenet_name_the_classes_of_its_test_images(str
     assert read.num_classes == 3 and len(read.test) == 12
 
 
+def test_a_run_is_resumed_with_another_number_of_workers(streamed_roots, tmp_path, capsys):
+    arguments = ["--network", "resnet8", "--dataset", "imagenet", "--data-root", streamed_roots["imagenet"],
+                 "--image-size", "16", "--batch-size", "7", "--num-epoch", "1", "--workers", "1", "--device", "cpu",
+                 "--schedule", "fixed"]
+    assert call(capsys, META_TEST, *arguments, "--out", tmp_path / "run").returncode == 0
+    done = call(capsys, META_TEST, "--resume", "--workers", "0", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_of_another_size_are_brought_to_that_of_tinyimagenet(streamed_roots, tmp_path):
+    root = shutil.copytree(streamed_roots["tinyimagenet"], tmp_path / "data")
+    for path in root.rglob("n01443537_*.JPEG"):
+        write_image(path, 50, np.random.default_rng(0))
+    task = build_task("tinyimagenet", root, batch_size=9, workers=0, device=torch.device("cpu"))
+    assert next(task.train_batches(0)).inputs.shape[2:] == (64, 64)
+
+
 @pytest.mark.parametrize("name", ["imagenet", "tinyimagenet"])
 def test_an_epoch_on_a_streamed_data_set_runs_with_workers(streamed_roots, tmp_path, capsys, name):
     done = call(capsys, META_TRAIN, "--network", "resnet8", "--dataset", name, "--data-root", streamed_roots[name],

@@ -82,6 +82,22 @@ def check(name, out, image_folder, every):
     assert f"1 of {len(cells)} runs: {cells[0].name.split('_')[0]}" in output  # without a terminal, a line for each
 
 
+def test_a_list_flag_that_is_given_twice_adds_to_the_first(tables):
+    args = tables.parse_args("--table own --set num-epoch=3 --set wd=0 --only fixed --only cosine".split())
+    assert args.overrides == {"num-epoch": "3", "wd": "0"} and args.only == ["fixed", "cosine"]
+
+
+def test_damaged_metrics_of_a_run_are_told_with_their_folder(tmp_path, capsys, tables):
+    (cell,) = cells_of(TABLES["own"], "smoke", 1, ["fixed"], {"data-root": "data"})
+    place = tmp_path / "own-smoke" / "runs" / cell.name
+    place.mkdir(parents=True)
+    (place / "metrics.csv").write_text("epoch,lr\n1,x\n")
+    with pytest.raises(SystemExit) as exit:
+        tables.main(["--table", "own", "--preset", "smoke", "--seeds", "1", "--only", "fixed", "--out", str(tmp_path),
+                     "--set", "data-root=data"])
+    assert exit.value.code == 2 and cell.name in capsys.readouterr().err
+
+
 def test_a_page_whose_runs_another_command_leaves_out_is_told(tables, tmp_path, capsys):
     for name in ("runs.jsonl", "metrics.csv"):
         shutil.copy(ROOT / "tables" / "results" / "first-desk" / name, tmp_path)
@@ -166,6 +182,11 @@ def test_methods_have_more_seeds_and_with_them_the_grid():
     seeds = {name: {cell.seed for cell in cells if cell.method.name.startswith(name)}
              for name in ("fixed", "linear", "cosine 0")}
     assert seeds == {"fixed": {0}, "linear": {0, 1, 2}, "cosine 0": {0, 1, 2}}
+
+
+def test_a_run_that_averages_serves_its_own_length_only():
+    cells = cells_of(TABLES["epochs"], "smoke", 1, ["fixed"], {"average": ""})
+    assert [list(cell.lines.values()) for cell in cells] == [[2], [3]]
 
 
 def test_a_run_serves_no_line_that_differs_in_more_than_its_length():
@@ -272,6 +293,9 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "own", "--set", "batch-size=0"], "--batch_size: 0: must be at least 1"),
     (["--table", "own", "--set", "wd="], "--wd: expected one argument"),
     (["--table", "own", "--set", "help="], "prints help"),
+    (["--table", "datasets", "--only", "fixed", "wsd"], "wsd: no line of datasets runs it"),
+    (["--table", "cifar10-resnet", "--set", "lr=0.05"], "--set lr: the method 'MLR-SNet (learning)' sets it"),
+    (["--table", "untuned", "--only", "cosine (constant)", "--set", "lr=0.3"], "--set lr: the method 'cosine (const"),
     (["--table", "own", "--more-seeds", "fixed"], "--more-seeds fixed: give NAME=VALUE"),
     (["--table", "own", "--more-seeds", "fixed=3"], "--more-seeds 3: must be at least 4"),
     (["--table", "own", "--only", "cosine", "--more-seeds", "fixed=4"], "--more-seeds fixed: own does not run it"),

@@ -9,6 +9,7 @@ from data import DATASETS, IMAGES, PREDICTIONS, PUBLISHED_CORRUPTED, TEXTS
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
+from training.checkpoint import MAY_CHANGE
 from training.command_line import Parser, folder, number, number_or
 from training.folder import contents, read_record
 from utils import ROOT, plain
@@ -61,7 +62,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--limit-train", type=positive, metavar="N", help="use N class-balanced images, or the first N tokens")
     add("--limit-test", type=positive, metavar="N", help="the same for testing")
     add("--num-meta", type=number(int, 0, 2**31 - 1), metavar="N",
-        help="images to steer MLR-SNet or validate (default: meta-train 1000, meta-test 0)")
+        help="images to steer MLR-SNet or validate (default: meta-train 1000, of cifar10-c 100, meta-test 0)")
     add("--image-size", type=positive, metavar="N",
         help="resize to N×N pixels (default: folder 32, tinyimagenet 64, imagenet 224)")
     add("--workers", type=number(int, 0, 1000), metavar="N",
@@ -112,7 +113,8 @@ def add_scale(add: Callable[..., Any]) -> None:
     add("--gamma", type=number_or(number(float, 0, above=True), "auto", "paper", "measured"), default="auto",
         metavar="GAMMA",
         help="LR scale, the largest rate MLR-SNet can give: a number, paper (the paper's formula) or measured (twice "
-        "the peak that short training finds); auto is paper for SGD without momentum, else measured (default: auto)")
+        "the peak that short training finds); auto is paper for SGD without momentum and with classes, else measured "
+        "(default: auto)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,14 +203,14 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
         resumed = parser.parse_args(_command_line(parser, stored))
     except (argparse.ArgumentError, ValueError) as error:
         raise ValueError(f"{record} is damaged: {error}") from None
-    for name in given - {"resume", "out", "data_root"}:
+    for name in given - {*MAY_CHANGE}:
         if plain(getattr(args, name)) != plain(getattr(resumed, name)):
             flag = f"--{name.replace('_', '-')}"
             own = flag if stored[name] is None else f"{flag} {stored[name]}"
             raise ValueError(f"--resume continues with the run's own {own}; leave {flag} out")
     resumed.out, resumed.resume, resumed.script = args.out, True, args.script
-    if "data_root" in given:  # the data may have moved: the checkpoint knows their fingerprint
-        resumed.data_root = args.data_root
+    for name in given & {"data_root", "workers"}:  # the checkpoint knows the data by their fingerprint
+        setattr(resumed, name, getattr(args, name))
     return resumed
 
 
@@ -282,7 +284,7 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
     if not (paths[0] / "mlr_snet_1.pth").exists():
         raise ValueError(f"nets {paths[0]}: holds no nets of meta-train.py; give .pth files")
     num_epochs = read_record(paths[0]).get("num_epoch")
-    if not isinstance(num_epochs, int):
+    if not isinstance(num_epochs, int) or not 1 <= num_epochs < 2**31:
         raise ValueError(f"{paths[0] / 'args.json'} names no number of epochs; give .pth files")
     epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
     return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]

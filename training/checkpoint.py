@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from utils import all_gather, checksum, first_line, gather_hidden, plain, rank, save, shard_hidden
 
-FORMAT = 4  # of the file
+FORMAT = 5  # of the file
+MAY_CHANGE = ("out", "resume", "data_root", "workers")  # from one start of a run to the next
 KINDS: dict[str, Any] = {
     "arguments": dict, "data": str, "step": int, "hidden": (tuple, list, type(None)), "parts": dict, "rng": list,
 }
@@ -25,8 +26,7 @@ class Checkpoint:
     def __init__(self, args: argparse.Namespace, fingerprint: str, parts: dict[str, Any]):
         self.path, self.parts, self.seed = args.out / "checkpoint.pth", parts, args.seed
         self.data_root, self.fingerprint = args.data_root, fingerprint
-        where = ("out", "resume", "data_root")  # may change from one start to the next
-        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in where}
+        self.arguments = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
 
     def save(self, step: int, hidden: Any) -> None:
         """Write the state after `step` steps; `hidden` is the hidden state that the next step takes."""

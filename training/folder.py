@@ -245,18 +245,21 @@ class FolderLock:
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """The record that makes a run repeatable: command, arguments, versions, commit, and the hardware that it uses."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "arguments": {key: plain(value) for key, value in vars(args).items()},
         "command": sys.argv,
-        "commit": commit,
+        "commit": _commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": _hardware(pick_device(getattr(args, "device", "cpu"))),
     }
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
@@ -265,15 +268,15 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "ranks": world_size()}
 
 
-def read_record(folder: Path, table: str = "arguments") -> dict[str, Any]:
-    """A table of the run's args.json. ValueError where there is none."""
+def read_record(folder: Path, name: str = "arguments", kind: type = dict) -> Any:
+    """What the run's args.json holds under this name. ValueError where there is none of this kind."""
     record = folder / "args.json"
     try:
-        content = json.loads(record.read_text())[table]
+        content = json.loads(record.read_text())[name]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{record} holds no run's {table} ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{record} holds no run's {table} (not a table)")
+        raise ValueError(f"{record} holds no run's {name} ({type(error).__name__})") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{record} holds no run's {name} (not a {kind.__name__})")
     return content
 
 
@@ -282,13 +285,14 @@ def restore_surroundings(folder: Path, device: torch.device) -> None:
 
     ValueError where the run's args.json is damaged.
     """
-    before = read_record(folder, "versions") | read_record(folder, "hardware")
+    before = {"commit": read_record(folder, "commit", str)}
+    before |= read_record(folder, "versions") | read_record(folder, "hardware")
     threads = before.get("threads")
     if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
         raise ValueError(f"{folder / 'args.json'} is damaged: the run's number of threads is {threads}")
     torch.set_num_threads(threads)
-    now = _hardware(device) | {"torch": torch.__version__}
-    names = ("torch", "gpu", "ranks") if now["gpu"] else ("torch", "gpu", "ranks", "cpu")
+    now = _hardware(device) | {"torch": torch.__version__, "commit": _commit()}
+    names = ("commit", "torch", "gpu", "ranks") if now["gpu"] else ("commit", "torch", "gpu", "ranks", "cpu")
     changed = [f"{name} {now[name]} instead of {before.get(name)}" for name in names if now[name] != before.get(name)]
     if changed and rank() == 0:
         line = f"warning: resumed with {', '.join(changed)}; results may differ from those of an unbroken run"

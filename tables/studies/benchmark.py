@@ -329,7 +329,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     positive = number(int, 1)
     downloads = SCRIPT.parents[2] / "data" / "downloads"
-    add("--network", choices=IMAGE_NETWORKS, default="resnet", help="(default: resnet, which is ResNet-18)")
+    classifiers = [name for name in IMAGE_NETWORKS if name != "denoiser"]
+    add("--network", choices=classifiers, default="resnet", help="(default: resnet, which is ResNet-18)")
     add("--dataset", choices=IMAGES, default="digits", help="(default: digits, which needs no download)")
     add("--image-size", type=positive, default=32, help="resize to this many pixels (default: 32)")
     add("--data-root", type=Path, default=downloads, help="where the data lies or is downloaded to")
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
         measure(setting, command)
-        print((args.out / "README.md").read_text())
+        print((args.out / "README.md").read_text("utf-8"))
     return 0
 
 

@@ -52,7 +52,8 @@ def build_images(args: argparse.Namespace, device: torch.device, precision: str 
 
 def new_network(setting: Setting, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
     torch.manual_seed(setting.args.seed)
-    network = build_network(setting.args.network, setting.task.num_classes)
+    args = setting.args
+    network = build_network(args.network, setting.task.num_classes, image_size=args.image_size)
     return network.to(setting.device).to(memory_format=memory_format)
 
 

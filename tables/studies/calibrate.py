@@ -61,7 +61,7 @@ class Cache:
         self.path = path
         if not path.exists():
             write_jsonl(path, [header])
-        content = path.read_text()
+        content = path.read_text("utf-8")
         if not content.endswith("\n"):  # a kill has cut the last line short
             write_atomically(path, content[: content.rfind("\n") + 1].encode())
         self.header, *rows = read_jsonl(path)
@@ -292,6 +292,8 @@ def judge(targets: dict[tuple[str, int], Case], cache: Cache) -> tuple[list[Esti
     rows = []
     for (name, num_steps), case in targets.items():
         measured = [row for key, row in cache.rows.items() if key[:3] == (name, "measured", num_steps)]
+        if not measured:  # an interrupted study has not come to it
+            continue
         rates = [math.log2(row["scale"] / case.problem.usual) for row in measured]
         ratios = [2 ** (rate - case.best) for rate in rates]
         judged += [(case, rate) for rate in rates]

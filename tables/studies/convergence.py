@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             results[name] = [squared_norms(problem, rate, length, args.seeds) for length in lengths]
         write(folder, lengths, results, {"study": "convergence", **provenance(args), "command": command})
         render(folder)
-    print((folder / "README.md").read_text())
+    print((folder / "README.md").read_text("utf-8"))
     return 0
 
 
