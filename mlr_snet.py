@@ -767,7 +767,8 @@ class MLRSNetLR:
                 continue
             raise RuntimeError(
                 f"the learning rate is {float(group['lr']):g}, but this schedule had set {lr:g}; "
-                "remove the other scheduler that changes it, or leave its group out of `groups`"
+                "remove the other scheduler that changes it, or leave its group out of `groups`; where the optimizer "
+                "went back to an earlier state, load the schedule's state_dict(), too"
             )
         if len(groups) > len(self.ratios):
             _unshare_rates(self.optimizer)

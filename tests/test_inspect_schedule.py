@@ -81,7 +81,7 @@ def test_the_length_of_an_epoch_is_that_of_the_run(tmp_path):
 @pytest.mark.parametrize("words", [["--perplexity"], ["--gamma", "1e300"], ["--decay", "1e300", "1e290"]])
 def test_what_the_schedule_could_not_follow_is_refused(capsys, words):
     done, _ = inspect(capsys, *words)
-    assert done.returncode == 2 and f"error: argument {words[0]}" in done.stderr.replace("error: --", "error: argument --")
+    assert done.returncode == 2 and words[0] in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("steps", ["-5", "Infinity", "null", '"x"'])
