@@ -639,6 +639,7 @@ class MLRSNetLR:
             self._learn(value)
             self._advance(value)
         self.steps_taken += 1
+        self.watch.versions = self.watch.present_versions()
 
     @torch.no_grad()
     def _advance(self, loss: Tensor) -> None:
@@ -1067,7 +1068,11 @@ def _check_gamma(gamma: Any, optimizer: Optimizer, num_classes: int | None, perp
 
 
 class _LoopWatch:
-    """Tells where the first two steps of a schedule show that the loop is out of order, and where its plan is over."""
+    """Tells where the first two steps of a schedule show that the loop is out of order, where its plan is over, and
+    where the optimizer no longer steps.
+    """
+
+    LONG_IDLE = 50  # calls without a step of the optimizer; GradScaler skips fewer in a row
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
@@ -1075,9 +1080,19 @@ class _LoopWatch:
         self.num_updates = 0  # that the optimizer has made since the last check
         self.had_state = False  # whether the optimizer had a state at the first check
         self.hook = optimizer.register_step_post_hook(self._count_update)
+        self.num_idle = 0  # calls since it has made a step
+        self.versions: list[int] = []  # as of present_versions, after the last call
 
     def _count_update(self, *_: Any) -> None:
         self.num_updates += 1
+
+    def present_versions(self) -> list[int]:
+        """How often the optimizer's memory of some weights, or else these, have been written; looks at no value."""
+        if self.optimizer.param_groups[0].get("capturable"):  # a captured step does not count
+            return []
+        weights = [weight for weight in parameters_of(self.optimizer) if weight.grad is not None][:8]
+        memory = [value for weight in weights for value in self.optimizer.state.get(weight, {}).values()]
+        return [tensor._version for tensor in memory if isinstance(tensor, Tensor)] or [w._version for w in weights]
 
     def problem(self, schedule: MLRSNetLR) -> str:
         """What is wrong before this step of the schedule; nothing where it seems right."""
@@ -1085,6 +1100,11 @@ class _LoopWatch:
         if self.num_checks < 2 and _is_registered(self.hook):  # copies of an optimizer have no hooks
             problem = self._at_second_step(schedule) if self.num_checks else self._at_first_step(schedule)
             self.num_checks, self.num_updates = self.num_checks + 1, 0
+        versions = self.present_versions()
+        self.num_idle = self.num_idle + 1 if versions and versions == self.versions else 0
+        if self.num_idle == self.LONG_IDLE and not problem:
+            problem = (f"the optimizer has made no step for {self.LONG_IDLE} calls of step(loss): if another one "
+                       "trains now, make a new schedule for it")
         if schedule.steps_taken == schedule.num_steps and not problem:
             end = "the cool-down ends at rate 0" if schedule.cooldown else "the last net goes on"
             steps = f"{schedule.num_steps} optimizer steps (not epochs or micro-batches)"

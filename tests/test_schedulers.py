@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,26 @@ def test_an_attached_schedule_is_not_copied_and_a_free_copy_does_not_complain():
             other.step(2.0)
             other.optimizer.step()
     assert other.net is other.nets[0] and schedule.net is schedule.nets[0]
+
+
+@pytest.mark.parametrize("how", ["new network", "new optimizer", "kept", "skipping"])
+@pytest.mark.parametrize("kind", [partial(SGD, momentum=0.9), torch.optim.AdamW])
+def test_an_optimizer_that_no_longer_trains_is_told(kind, how):
+    network = small_network()
+    optimizer = trains = kind(network.parameters(), lr=0.01)
+    schedule = MLRSNetLR(optimizer, "recommended", 100, gamma=0.02)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(70):
+            if step == 5 and how.startswith("new"):
+                trains = kind((network if how == "new optimizer" else small_network()).parameters(), lr=0.01)
+            loss = loss_on(network, step)
+            loss.backward()
+            schedule.step(loss)
+            if how != "skipping" or step < 2 or step % 30 == 0:
+                trains.step()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == how.startswith("new") and all("if another one trains now" in message for message in told)
 
 
 def test_what_another_scheduler_left_behind_does_not_count():
