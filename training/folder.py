@@ -101,8 +101,9 @@ class Metrics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from state_dict(). ValueError for rows that are not of one table, or not of the first epochs."""
         rows = [_numbers(row, ("epoch", "lr", "seconds")) for row in state["rows"]]
+        columns = max(rows, key=lambda row: len(row), default={}).keys()
         for number, row in enumerate(rows, 1):
-            if not row.keys() <= max(rows, key=lambda row: len(row)).keys() or row["epoch"] != number:
+            if not row.keys() <= columns or row["epoch"] != number:
                 raise ValueError(f"row {number} of the metrics is {row}")
         self.rows, self.totals = rows, _numbers(state["totals"], self.EMPTY)
 
