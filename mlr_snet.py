@@ -10,8 +10,8 @@ Symbols: ℓ_t mini-batch training loss; w weights of the task network; θ weigh
 A in (0, 1) the fraction; d_t the base optimizer's update per unit of learning rate. d_t does not depend on θ, so the
 hypergradient is exact without a second-order graph.
 
-This file needs torch only. To use a schedule in your own loop, copy this file and see MLRSNetLR; to learn one, see
-MetaMLRSNetLR. Under torch.distributed every rank calls the same methods with its own loss.
+To use a schedule in your own loop, see MLRSNetLR; to learn one, see MetaMLRSNetLR. Needs torch only: copy this file and
+the folder mlr_snet_optim. Under torch.distributed every rank calls the same methods with its own loss.
 
 Source: Shu, Zhu, Zhao, Meng, Xu, "MLR-SNet: Transferable LR Schedules for Heterogeneous Tasks", TPAMI 2022.
 """
@@ -21,20 +21,25 @@ import copy
 import math
 import pickle
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from mlr_snet_optim.average import Average
+from mlr_snet_optim.directions import NOT_AFFINE, Update, check_affine, descend, update_directions
+from mlr_snet_optim.loop import LoopWatch, before_update, check_arrived, check_state, is_registered, unwrapped
+from mlr_snet_optim.ranks import all_reduce_mean, mean_over_ranks, num_ranks, on_host
+from mlr_snet_optim.rates import Ratios, copied_rates, driven_groups, lr_ratios, set_lr, settled_ratios, unshare_rates
+from mlr_snet_optim.restoring import is_sharded, parameters_of, preserved, preserved_modules, whole, without_gradients
 
 # ---------------------------------------------------------------------------------------------- the net, A(·; θ)
 
@@ -193,205 +198,7 @@ def _check_count(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-# ---------------------------------------------------------------------------------------------- update directions, d_t
-
-Options = dict[str, Any]  # of a parameter group
-Moments = dict[str, Any]  # an optimizer's state of one parameter, before the step
-Ratios = Sequence[float | None]  # each group's rate per unit of the schedule's; None for one that it does not drive
-Update = dict[nn.Parameter, Callable[[Tensor], Tensor]]  # for each parameter, d_t from its value w_t
-
-
-def _sgd(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    velocity = gradient
-    if group["momentum"] and state.get("momentum_buffer") is not None:
-        velocity = gradient.mul(1 - group["dampening"]).add_(state["momentum_buffer"], alpha=group["momentum"])
-    return gradient.add(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
-
-
-def _adam(gradient: Tensor, group: Options, state: Moments) -> Tensor:
-    beta1, beta2 = group["betas"]
-    step: float | Tensor = 1.0
-    exp_avg, exp_avg_sq = gradient * (1 - beta1), gradient.square() * (1 - beta2)
-    if state:
-        step = on_host(state["step"]) + 1
-        exp_avg.add_(state["exp_avg"], alpha=beta1)
-        exp_avg_sq.add_(state["exp_avg_sq"], alpha=beta2)
-        if group["amsgrad"]:
-            exp_avg_sq = torch.maximum(exp_avg_sq, state["max_exp_avg_sq"])
-    root = exp_avg_sq.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    return exp_avg.div_(1 - beta1**step).div_(root)
-
-
-# What an optimizer subtracts per unit of learning rate, weight decay aside. All others take trial steps.
-DIRECTIONS: dict[type[Optimizer], Callable[[Tensor, Options, Moments], Tensor]] = {
-    torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam,
-}
-NOT_AFFINE: dict[type[Optimizer], str] = {
-    torch.optim.LBFGS: "evaluates the loss several times in a step",
-    torch.optim.Rprop: "keeps step sizes of its own",
-    torch.optim.ASGD: "keeps a learning rate of its own",
-    torch.optim.Adafactor: "limits the learning rate by the step number",
-    torch.optim.SparseAdam: "needs sparse gradients",
-}
-_NOT_AFFINE_ADVICE = "its update is not affine in the learning rate; use SGD, Adam, AdamW or another that is"
-
-
-def check_affine(optimizer: Optimizer) -> None:
-    """Raise TypeError for an optimizer whose update is known not to be affine in its learning rate."""
-    reason = NOT_AFFINE.get(type(optimizer))
-    if reason:
-        raise TypeError(f"{type(optimizer).__name__} {reason}, so {_NOT_AFFINE_ADVICE}")
-
-
-def update_directions(optimizer: Optimizer, ratios: Ratios | None = None) -> Update:
-    """What the optimizer's next step would subtract per unit of learning rate, from the gradients in .grad.
-
-    For each parameter with a gradient, a function from its value before the step, so that a direction takes memory
-    only while it is used. Changes neither the optimizer nor the parameters. `ratios` are those of the parameter groups
-    (default: lr_ratios); a group of None is left out. An optimizer without an entry in DIRECTIONS takes trial steps,
-    which are undone bit for bit and do not run its hooks. Raises TypeError for an update that is not affine in the
-    rate, and for complex or sparse gradients.
-    """
-    check_affine(optimizer)
-    ratios = lr_ratios(optimizer) if ratios is None else ratios
-    moved = {  # by parameter, its group and the group's ratio
-        parameter: (group, ratio)
-        for group, ratio in zip(optimizer.param_groups, ratios, strict=True) if ratio is not None
-        for parameter in group["params"] if parameter.grad is not None
-    }
-    for parameter in moved:
-        if parameter.is_complex() or parameter.grad.is_sparse:  # type: ignore[union-attr]
-            raise TypeError("complex parameters and sparse gradients are not supported; use dense real ones")
-    if moved and type(optimizer) not in DIRECTIONS:
-        return _measured_directions(optimizer, list(moved), ratios)
-    direction, states = partial(_direction, type(optimizer)), optimizer.state
-    return {
-        parameter: partial(direction, group, states.get(parameter, {}), ratio, parameter.grad)
-        for parameter, (group, ratio) in moved.items()
-    }
-
-
-@torch.no_grad()
-def _direction(
-    kind: type[Optimizer], group: Options, state: Moments, ratio: float, gradient: Tensor, weight: Tensor
-) -> Tensor:
-    """A new tensor of the parameter's shape: its direction where its value is `weight`."""
-    if group.get("maximize"):
-        gradient = -gradient
-    is_decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
-    if not is_decoupled:
-        gradient = gradient.add(weight.detach(), alpha=group["weight_decay"])
-    direction = DIRECTIONS[kind](gradient, group, state)
-    if is_decoupled:
-        direction.add_(weight.detach(), alpha=group["weight_decay"])
-    return direction if ratio == 1 else direction.mul_(ratio)
-
-
-def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter], ratios: Ratios) -> Update:
-    """d_t = w_t − w_{t+1} at rate 1, after checking that rate 1/2 moves the weights half as far."""
-    name = type(optimizer).__name__
-    if any(parameter.element_size() < 4 for parameter in parameters):
-        raise TypeError(f"{name} with parameters of 16 bits: they would round its step away; use SGD, Adam or AdamW")
-
-    def moved(lr: float) -> list[Tensor]:
-        with preserved_optimizer(optimizer) as weights, torch.no_grad():
-            set_lr(optimizer, lr, ratios)
-            try:
-                bare_step(optimizer)
-            except TypeError as error:
-                raise TypeError(f"{name}: its step() could not be measured without arguments ({error})") from error
-            return [weights[parameter] - parameter.detach() for parameter in parameters]
-
-    whole, half = moved(1.0), moved(0.5)
-    for parameter, one, other in zip(parameters, whole, half, strict=True):
-        rounding = 16 * torch.finfo(parameter.dtype).eps * (parameter.norm() + one.norm())
-        if (one - 2 * other).norm() > rounding:
-            raise TypeError(
-                f"{name}: half the learning rate does not move the weights half as far, so {_NOT_AFFINE_ADVICE}"
-            )
-    return {parameter: partial(_copy_of, direction) for parameter, direction in zip(parameters, whole, strict=True)}
-
-
-def _copy_of(direction: Tensor, weight: Tensor) -> Tensor:
-    return direction.clone()
-
-
-@torch.no_grad()
-def descend(update: Update, lr: float | Tensor) -> None:
-    """w ← w − lr·d_t for every parameter of the update, in place."""
-    negative = -lr
-    for parameter, direction in update.items():
-        if isinstance(negative, Tensor):
-            parameter.addcmul_(direction(parameter), negative.to(parameter))
-        else:
-            parameter.add_(direction(parameter), alpha=negative)
-
-
 # ---------------------------------------------------------------------------------------------- the hypergradient
-
-
-class Average:
-    """w̄_t = β·w̄_{t−1} + (1 − β)·w_t, from w̄_0 = w_0: a running average of the weights, and one copy of them.
-
-    Call update() before every step; MetaMLRSNetLR does so in its step(). `decay` is β.
-
-    As a meta point it stands for the lookahead point: the meta gradient is taken at
-    w̄_{t+1} = β·w̄_t + (1 − β)·(w_t − lr·d_t), whose derivative in lr is −(1 − β)·d_t. Noise averages out of w̄, so only
-    what lasts counts. hypergradient leaves out the factor 1 − β, since Adam is invariant to it.
-    """
-
-    def __init__(self, network: nn.Module, decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(f"average decay {decay}: must be at least 0 and below 1")
-        self.network, self.decay = network, decay
-        self.parameters: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        # 16 bits would round (1 − β)·(w − w̄) away.
-        self.weights = [
-            parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-            for parameter in self.parameters
-        ]
-
-    @staticmethod
-    def decay_for(num_steps: int) -> float:
-        """The β whose average reaches back over a twentieth of a run, between 10 and 1,000 steps."""
-        return 1 - 1 / min(max(num_steps / 20, 10), 1000)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
-        torch._foreach_lerp_(self.weights, self._present(), 1 - self.decay)
-
-    @torch.no_grad()
-    def mix_in(self) -> None:
-        """w ← β·w̄_t + (1 − β)·w."""
-        present = self._present()
-        torch._foreach_lerp_(present, self.weights, self.decay)
-        _copy_all(present, self.parameters)
-
-    def _present(self) -> list[Tensor]:
-        """The parameters in the average's precision: themselves, or copies of those of 16 bits."""
-        return [parameter.to(weight.dtype) for parameter, weight in zip(self.parameters, self.weights, strict=True)]
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[nn.Module]:
-        """The network at the average, its present weights included, to evaluate or save it; restored on exit.
-
-        Its BatchNorm statistics are those of the live weights: measure them anew inside the block, as
-        torch.optim.swa_utils.update_bn does. They are restored, too.
-        """
-        with preserved_modules(self.network, self.parameters), preserved([*self.parameters, *self.network.buffers()]):
-            self.mix_in()
-            torch.clear_autocast_cache()
-            yield self.network
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"weights": [weight.clone() for weight in self.weights]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if [weight.shape for weight in self.weights] != [saved.shape for saved in state["weights"]]:
-            raise ValueError("the state holds the average of another network, or of other parameters of it")
-        for weight, saved in zip(self.weights, state["weights"], strict=True):
-            weight.copy_(saved)
 
 
 @contextmanager
@@ -443,9 +250,8 @@ def hypergradient(
     if not driven:
         raise RuntimeError("no parameter has a gradient: call step() between backward() and optimizer.step()")
     averaged = average.parameters if average else []
-    if average and not set(driven) <= set(averaged):
-        raise RuntimeError("the average of the weights leaves out parameters that train: make it, or the schedule that "
-                           "keeps it, on a network that has them all, and while they require a gradient")
+    if average:
+        average.check_holds(driven)
     terms: dict[nn.Parameter, Tensor] = {}
 
     def take(parameter: nn.Parameter) -> None:
@@ -454,7 +260,7 @@ def hypergradient(
         assert gradient is not None
         direction = update[parameter](weights[parameter])
         precise = torch.promote_types(direction.dtype, torch.float32)  # 16 bits would round small products to 0
-        term = _whole(direction.to(precise).mul_(gradient).sum())
+        term = whole(direction.to(precise).mul_(gradient).sum())
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
     with ExitStack() as stack:
@@ -471,53 +277,12 @@ def hypergradient(
         for parameter in driven:
             stack.enter_context(parameter.register_post_accumulate_grad_hook(take))
         # Sharded parameters get their gradients from hooks of a whole backward pass only.
-        loss.backward(inputs=None if any(map(_is_sharded, driven)) else driven)
+        loss.backward(inputs=None if any(map(is_sharded, driven)) else driven)
         for parameter in driven:
             if parameter.grad is not None:
                 take(parameter)
-    _check_arrived(driven, terms, network)
+    check_arrived(driven, terms, network)
     return -all_reduce_mean(torch.stack([terms[parameter] for parameter in driven]).sum(), process_group)
-
-
-@contextmanager
-def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[None]:
-    """Restores which of the network's modules are in training mode, and which tensors their buffers are.
-
-    RuntimeError where the block changes or replaces a parameter that is not one of `moving`, as a forward pass does
-    that moves a second encoder.
-    """
-    modules = [(module, module.training, dict(module._buffers)) for module in network.modules()]
-    copied = set(moving)
-
-    def others() -> dict[str, Any]:
-        return {name: (id(parameter), _own_part(parameter).data_ptr(), parameter._version)
-                for name, parameter in network.named_parameters() if parameter not in copied}
-
-    before = others()
-    try:
-        yield
-    finally:
-        for module, is_training, buffers in modules:
-            module.training = is_training
-            module._buffers.update(buffers)
-    after = others()
-    changed = [name for name, place in before.items() if after.get(name) != place]
-    if changed:
-        raise RuntimeError(
-            f"the loss changes parameters without a gradient ({', '.join(changed[:5])}): change them in the training "
-            "loop only, or make them buffers, which are restored"
-        )
-
-
-def _check_arrived(driven: list[nn.Parameter], terms: dict[nn.Parameter, Tensor], network: nn.Module) -> None:
-    missing = [parameter for parameter in driven if parameter not in terms]
-    if missing:
-        names = {parameter: name for name, parameter in network.named_parameters()}
-        shown = ", ".join(names.get(parameter, f"one of shape {tuple(parameter.shape)}") for parameter in missing[:5])
-        raise RuntimeError(
-            f"{len(missing)} of {len(driven)} parameters with a training gradient got none from meta_loss ({shown}): "
-            "it has to use the same network, without checkpointing by use_reentrant=True; or freeze them"
-        )
 
 
 # ---------------------------------------------------------------------------------------------- the schedulers
@@ -594,7 +359,7 @@ class MLRSNetLR:
         self.groups, self.process_group = groups, process_group
         self.ratios = lr_ratios(self.optimizer, groups)
         if groups is not None:
-            _unshare_rates(self.optimizer)
+            unshare_rates(self.optimizer)
         self.steps_taken, self.phase, self.gamma = 0, -1, math.nan  # γ is set at the first step
         self.state = self.nets[0].initial_state()
         self.fraction = self.state.new_full((), math.nan)
@@ -602,7 +367,7 @@ class MLRSNetLR:
         self.lr_set: list[float | Tensor] = []
         self.level: float | None = None  # as read by prepare()
         self.handle: RemovableHandle | None = None  # of attach()
-        self.watch = _LoopWatch(self.optimizer)
+        self.watch = LoopWatch(self.optimizer)
 
     def prepare(self) -> None:
         """Read scale_loss now, where the coming step will set γ from it: before the forward pass, as the authors do.
@@ -630,16 +395,15 @@ class MLRSNetLR:
 
     def _step(self, loss: float | Tensor | None) -> None:
         value = self._mean_loss(loss)
-        self._check_rates()
-        problem = self.watch.problem(self)
-        if problem:
-            warnings.warn(problem, stacklevel=3)
+        present = self.ratios if self.steps_taken else lr_ratios(self.optimizer, self.groups)
+        self.ratios = settled_ratios(self.optimizer, self.groups, present, self.lr_set)
+        self.watch.before_step(self)
         self.recent_losses[self.steps_taken % len(self.recent_losses)] = torch.where(value.isfinite(), value, math.nan)
         if self._start_phase(value):
             self._learn(value)
             self._advance(value)
         self.steps_taken += 1
-        self.watch.versions = self.watch.present_versions()
+        self.watch.after_step()
 
     @torch.no_grad()
     def _advance(self, loss: Tensor) -> None:
@@ -674,31 +438,16 @@ class MLRSNetLR:
         if self._is_attached():
             raise RuntimeError("the schedule is attached already: remove() the handle of the first attach()")
 
-        def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            is_first = True
+        def rate() -> None:
+            loss = next_loss()
+            if loss is not None:
+                self._step(loss)
 
-            def closure_then_rate() -> Any:
-                nonlocal is_first
-                result = closure() if closure else None
-                # GradScaler leaves it to a fused optimizer to skip a step.
-                if is_first and not getattr(optimizer, "found_inf", 0):
-                    is_first = False
-                    loss = next_loss()
-                    if loss is not None:
-                        self._step(loss)
-                return result
-
-            if closure:
-                return args[:1], {**kwargs, "closure": closure_then_rate}
-            closure_then_rate()
-            return None
-
-        self.handle = self.optimizer.register_step_pre_hook(before_step)
+        self.handle = before_update(self.optimizer, rate)
         return self.handle
 
     def _is_attached(self) -> bool:
-        return self.handle is not None and _is_registered(self.handle)
+        return self.handle is not None and is_registered(self.handle)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._is_attached():
@@ -722,10 +471,7 @@ class MLRSNetLR:
         Raises ValueError for a state of another schedule, and of a run of another length: with `rescale` it continues
         at the same share of this run. To keep the number of steps instead, set `steps_taken` afterwards.
         """
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            different = ", ".join(sorted(state.keys() ^ expected))
-            raise ValueError(f"not the state of a {type(self).__name__}: missing or unknown {different}")
+        check_state(self, state, self.state_dict().keys())
         if len(state["nets"]) != len(self.nets):
             raise ValueError(f"the state is of a schedule of {len(state['nets'])} nets, this one has {len(self.nets)}")
         planned, share = self.num_steps, self.num_steps / state["num_steps"]
@@ -734,7 +480,7 @@ class MLRSNetLR:
                 f"the state is of a run of {state['num_steps']} steps, this one plans {planned}: give num_steps="
                 f"{state['num_steps']}, or load_state_dict(state, rescale=True) to keep the share of the run"
             )
-        driven, theirs = _driven(self.ratios), _driven(state["ratios"])
+        driven, theirs = driven_groups(self.ratios), driven_groups(state["ratios"])
         if len(self.ratios) == len(state["ratios"]) and driven != theirs:
             raise ValueError(f"the state is of a schedule of the parameter groups {theirs}, this one has {driven}")
         for net, weights in zip(self.nets, state["nets"], strict=True):
@@ -752,33 +498,6 @@ class MLRSNetLR:
             number = f"{self.gamma:g}, not {self.chosen_gamma:g}"
             warnings.warn(f"the run continues with its own gamma {number}", stacklevel=2)
 
-    def _check_rates(self) -> None:
-        """Settle the ratios of the groups. RuntimeError when a rate is not the one that the last step() set.
-
-        Looks at nothing on an accelerator after the first step, unless a group is new.
-        """
-        groups = self.optimizer.param_groups
-        if not self.steps_taken:
-            self.ratios = lr_ratios(self.optimizer, self.groups)
-        if len(groups) < len(self.ratios):
-            raise RuntimeError(f"the optimizer has {len(groups)} parameter groups, it had {len(self.ratios)}")
-        for group, lr, ratio in zip(groups, self.lr_set, self.ratios, strict=False):
-            lr = on_host(lr) if isinstance(lr, Tensor) else lr
-            if ratio is None or isinstance(lr, Tensor) or group["lr"] == lr or math.isnan(lr):
-                continue
-            raise RuntimeError(
-                f"the learning rate is {float(group['lr']):g}, but this schedule had set {lr:g}; "
-                "remove the other scheduler that changes it, or leave its group out of `groups`; where the optimizer "
-                "went back to an earlier state, load the schedule's state_dict(), too"
-            )
-        if len(groups) > len(self.ratios):
-            _unshare_rates(self.optimizer)
-        for group in groups[len(self.ratios) :]:  # added since the last step
-            present = [float(old["lr"]) / ratio for old, ratio in zip(groups, self.ratios, strict=False) if ratio]
-            is_driven = self.groups is None and present and present[0] > 0
-            is_default = float(group["lr"]) == self.optimizer.defaults.get("lr")  # so that it has named no rate
-            self.ratios.append((1.0 if is_default else float(group["lr"]) / present[0]) if is_driven else None)
-
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
         """The loss as a 0-d tensor on the state's device, the mean over the ranks."""
         if loss is None:
@@ -786,16 +505,13 @@ class MLRSNetLR:
         value = torch.as_tensor(loss).detach()
         if value.dim():
             raise ValueError(f"the loss has shape {tuple(value.shape)}: give the mean over the batch, a 0-d tensor")
-        if not isinstance(loss, Tensor) and _num_ranks(self.process_group) > 1:
-            value = value.to(self.optimizer.param_groups[0]["params"][0].device)  # where the ranks can reduce it
+        if not isinstance(loss, Tensor) and num_ranks(self.process_group) > 1:
+            value = value.to(self._device())
         return all_reduce_mean(value, self.process_group).to(self.state.device)
 
-    def _over_ranks(self, number: float) -> float:
-        """The mean over the ranks of a number that each has found by itself."""
-        if _num_ranks(self.process_group) == 1:
-            return number
-        device = self.optimizer.param_groups[0]["params"][0].device  # where the ranks can reduce it
-        return float(all_reduce_mean(torch.tensor(number, dtype=torch.float64, device=device), self.process_group))
+    def _device(self) -> torch.device:
+        """Where the ranks can reduce a number."""
+        return self.optimizer.param_groups[0]["params"][0].device
 
     def _input(self, loss: Tensor) -> Tensor:
         """What the LSTM reads: the loss, 0 where it is not finite."""
@@ -819,7 +535,7 @@ class MLRSNetLR:
             gamma = self.chosen_gamma() if callable(self.chosen_gamma) else self.chosen_gamma
             if not _is_scale(gamma):
                 raise ValueError(f"the function given as gamma returned {gamma!r}; it has to return a positive number")
-            self.gamma = self._over_ranks(float(gamma))
+            self.gamma = mean_over_ranks(float(gamma), self._device(), self.process_group)
         self.phase = phase
         return True
 
@@ -827,7 +543,7 @@ class MLRSNetLR:
         """L of the formula; NaN where no finite loss is known."""
         if self.scale_loss:
             level, self.level = self.scale_loss() if self.level is None else self.level, None
-            return self._over_ranks(float(level))
+            return mean_over_ranks(float(level), self._device(), self.process_group)
         # Deviation: the authors pass over the whole training set for L; scale_loss does, the losses at hand serve here.
         level = float(loss if self.phase < 0 else self.recent_losses.nanmedian())
         if not math.isfinite(level):
@@ -892,7 +608,6 @@ class MetaMLRSNetLR(MLRSNetLR):
         # Fused, so that an update that is not finite is skipped without waiting for an accelerator.
         self.adam = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.state.device)
-        self.is_checked = False  # whether _check_reach has passed
 
     def averaged_weights(self) -> Any:
         """The network at the running average of its weights inside a with-block; see Average.averaged_weights."""
@@ -912,8 +627,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             fraction, _ = self.net(self._input(loss), self.state)
             scale = self.gamma * self._envelope()
             lr = scale * on_host(fraction)
-            if not self.is_checked:
-                self.is_checked = _check_reach(self.optimizer, self.ratios, lr)
+            self.watch.check_reach(self.ratios, lr)
             slope = hypergradient(
                 self.network, self.optimizer, lr, self.meta_loss, average=self.average, ratios=self.ratios,
                 process_group=self.process_group,
@@ -962,9 +676,8 @@ class Task(Protocol):
     def loss(self, network: nn.Module, batch: Any, hidden: Any) -> tuple[Tensor, Tensor, Any]:
         """The 0-d loss, the batch's accuracy in %, and the hidden state for the next batch (None for images).
 
-        Those of micro-batches add up to those of their batch.
-
-        With several ranks a batch is this rank's shard, and the means over the ranks are those of the whole batch.
+        Those of micro-batches add up to those of their batch. With several ranks a batch is this rank's shard, and the
+        means over the ranks are those of the whole batch.
         """
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
@@ -1065,333 +778,3 @@ def _check_gamma(gamma: Any, optimizer: Optimizer, num_classes: int | None, perp
         )
     if num_classes is None:
         raise ValueError(f"num_classes is missing, which gamma={gamma!r} needs; without classes {_GIVE_A_NUMBER}")
-
-
-class _LoopWatch:
-    """Tells where the first two steps of a schedule show that the loop is out of order, where its plan is over, and
-    where the optimizer no longer steps.
-    """
-
-    LONG_IDLE = 50  # calls without a step of the optimizer; GradScaler skips fewer in a row
-
-    def __init__(self, optimizer: Optimizer):
-        self.optimizer = optimizer
-        self.num_checks = 0
-        self.num_updates = 0  # that the optimizer has made since the last check
-        self.had_state = False  # whether the optimizer had a state at the first check
-        self.hook = optimizer.register_step_post_hook(self._count_update)
-        self.num_idle = 0  # calls since it has made a step
-        self.versions: list[int] = []  # as of present_versions, after the last call
-
-    def _count_update(self, *_: Any) -> None:
-        self.num_updates += 1
-
-    def present_versions(self) -> list[int]:
-        """How often the optimizer's memory of some weights, or else these, have been written; looks at no value."""
-        if self.optimizer.param_groups[0].get("capturable"):  # a captured step does not count
-            return []
-        weights = [weight for weight in parameters_of(self.optimizer) if weight.grad is not None][:8]
-        memory = [value for weight in weights for value in self.optimizer.state.get(weight, {}).values()]
-        return [tensor._version for tensor in memory if isinstance(tensor, Tensor)] or [w._version for w in weights]
-
-    def problem(self, schedule: MLRSNetLR) -> str:
-        """What is wrong before this step of the schedule; nothing where it seems right."""
-        problem = ""
-        if self.num_checks < 2 and _is_registered(self.hook):  # copies of an optimizer have no hooks
-            problem = self._at_second_step(schedule) if self.num_checks else self._at_first_step(schedule)
-            self.num_checks, self.num_updates = self.num_checks + 1, 0
-        versions = self.present_versions()
-        self.num_idle = self.num_idle + 1 if versions and versions == self.versions else 0
-        if self.num_idle == self.LONG_IDLE and not problem:
-            problem = (f"the optimizer has made no step for {self.LONG_IDLE} calls of step(loss): if another one "
-                       "trains now, make a new schedule for it")
-        if schedule.steps_taken == schedule.num_steps and not problem:
-            end = "the cool-down ends at rate 0" if schedule.cooldown else "the last net goes on"
-            steps = f"{schedule.num_steps} optimizer steps (not epochs or micro-batches)"
-            problem = f"the planned {steps} are over: {end}"
-        return problem
-
-    def _at_first_step(self, schedule: MLRSNetLR) -> str:
-        self.had_state = self._has_state()
-        if self.num_updates and not schedule.steps_taken and not schedule.handle:  # which skips a step of GradScaler
-            return ("optimizer.step() came before the schedule's first step(loss), which sets the rate of the step "
-                    "after it: call step(loss) between backward() and optimizer.step()")
-        if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
-            return ("no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
-                    "schedule the optimizer of the network that trains")
-        states = [state for state in self.optimizer.state.values() if isinstance(state, dict)]
-        steps = [state.get("step", 1) for state in states]  # Adagrad's begins with 0
-        if schedule.phase < 0 and not schedule.steps_taken and any(step > 0 for step in steps):
-            return ("the optimizer has trained before, and this schedule starts at its first step: in a resumed run "
-                    "load the schedule's state_dict(), too")
-        return ""
-
-    def _at_second_step(self, schedule: MLRSNetLR) -> str:
-        self.hook.remove()
-        if self.num_updates != 1 and not (schedule.handle and self.num_updates):  # GradScaler skips steps
-            return (f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
-                    "of them, but not before one that GradScaler skips, and under accumulation with the mean over the "
-                    "micro-batches")
-        if schedule.steps_taken > 1 and self._has_state() and not self.had_state:
-            return (f"the optimizer began anew, and this schedule went on at step {schedule.steps_taken}: in a resumed "
-                    "run load the optimizer's state_dict(), too")
-        return ""
-
-    def _has_state(self) -> bool:
-        return any(self.optimizer.state.values())
-
-
-def _check_reach(optimizer: Optimizer, ratios: Ratios, lr: float | Tensor) -> bool:
-    """Whether the first lookahead is finite. RuntimeError where it is as long as with gradients of a GradScaler."""
-    update = update_directions(optimizer, ratios)
-    if not update:
-        return False
-    weights = torch.stack([_whole(parameter.detach().norm()) for parameter in update]).norm()
-    lengths = [_whole(direction(parameter).norm()) for parameter, direction in update.items()]
-    moved = float(lr) * torch.stack(lengths).norm()
-    if not moved.isfinite():
-        return False
-    if moved > 10 * weights.clamp(min=1) or _has_scaled_gradients(optimizer):
-        raise RuntimeError(
-            f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
-            "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma, and scale the "
-            "targets of a regression to about 1"
-        )
-    return True
-
-
-def _has_scaled_gradients(optimizer: Optimizer) -> bool:
-    """Whether the gradients are a hundred times as long as the averages that SGD or Adam keeps of them."""
-    lengths = []
-    for group in optimizer.param_groups if type(optimizer) in DIRECTIONS else ():
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            average, weight = state.get("momentum_buffer"), 1.0
-            if "exp_avg" in state:
-                average, weight = state["exp_avg"], 1 - group["betas"][0] ** state["step"]
-            if average is not None and parameter.grad is not None:
-                lengths.append(torch.stack([_whole(parameter.grad.norm()), _whole(average.norm()) / weight]))
-    gradients, averages = torch.stack(lengths).norm(dim=0).tolist() if lengths else (0.0, 0.0)
-    return 0 < 100 * averages < gradients
-
-
-# ---------------------------------------------------------------------------------------------- rates and tensors
-
-
-def _num_ranks(process_group: Any = None) -> int:
-    return dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
-
-
-def all_reduce_mean(tensor: Tensor, process_group: Any = None) -> Tensor:
-    """The mean over the ranks, bit-identical on each; the tensor itself in a single process."""
-    if _num_ranks(process_group) == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total, group=process_group)
-    return total / _num_ranks(process_group)
-
-
-def on_host(value: Tensor) -> float | Tensor:
-    """A 0-d tensor as a float, unless that would make the host wait for an accelerator."""
-    value = value.detach()
-    return float(value) if value.device.type == "cpu" else value
-
-
-def lr_ratios(optimizer: Optimizer, groups: Sequence[int] | None = None) -> list[float | None]:
-    """Each parameter group's present rate over the largest one of `groups` (default: all); None for the others.
-
-    Raises ValueError where these are all zero, and for indices that are not of the optimizer's groups.
-    """
-    number = len(optimizer.param_groups)
-    driven = range(number) if groups is None else groups
-    if not driven or not all(isinstance(index, Integral) and 0 <= index < number for index in driven):
-        raise ValueError(f"groups {groups}: give indices of the optimizer's {number} parameter groups")
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor) and not group["lr"].is_floating_point():
-            raise ValueError(f"the learning rate is a tensor of {group['lr'].dtype}, which rounds it; give float32")
-    rates = {index: float(optimizer.param_groups[index]["lr"]) for index in driven}
-    largest = max(rates.values())
-    if largest <= 0:
-        raise ValueError("the optimizer's learning rates are all zero; give at least one group a positive lr")
-    return [rates[index] / largest if index in rates else None for index in range(number)]
-
-
-def _driven(ratios: Ratios) -> list[int]:
-    """The indices of the groups that have a ratio."""
-    return [index for index, ratio in enumerate(ratios) if ratio is not None]
-
-
-def _unshare_rates(optimizer: Optimizer) -> None:
-    """Give each group its own rate tensor, where torch has shared one among several groups."""
-    seen: set[int] = set()
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            if id(group["lr"]) in seen:
-                group["lr"] = group["lr"].clone()
-            seen.add(id(group["lr"]))
-
-
-@torch.no_grad()
-def set_lr(optimizer: Optimizer, lr: float | Tensor, ratios: Ratios | None = None) -> None:
-    """Give each parameter group its ratio of `lr` (default: lr_ratios); one of None keeps its rate.
-
-    A rate that is a tensor is filled in place, so that compiled and captured steps see it without recompiling. A rate
-    on an accelerator stays there for a fused optimizer; other optimizers take floats only.
-    """
-    ratios = lr_ratios(optimizer) if ratios is None else ratios
-    for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-        if ratio is None:
-            continue
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr * ratio)
-        elif isinstance(lr, Tensor) and group.get("fused"):
-            group["lr"] = lr * ratio
-        else:
-            group["lr"] = float(lr) * ratio
-
-
-def copied_rates(optimizer: Optimizer) -> list[float | Tensor]:
-    """The learning rate of each parameter group; a tensor is copied, as torch's schedulers do."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer that Accelerate or Lightning has wrapped, or itself."""
-    while type(optimizer).__module__.split(".")[0] in ("accelerate", "lightning", "pytorch_lightning"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def bare_step(optimizer: Optimizer) -> None:
-    """optimizer.step() without the hooks that are registered on it; autocast forgets the weights that it has cast."""
-    attributes = vars(optimizer)
-    hooks = {name: attributes[name] for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
-    attributes.update((name, OrderedDict()) for name in hooks)
-    try:
-        type(optimizer).step(optimizer)  # not what a scheduler has put in its place
-    finally:
-        attributes.update(hooks)
-    torch.clear_autocast_cache()
-
-
-@contextmanager
-def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores the tensors bit for bit on exit; yields their copies by tensor.
-
-    Autocast forgets the weights that it has cast, as it has to wherever they have moved: where a caller's whole step
-    lies in one autocast region, the network would run with old ones.
-    """
-    copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors if not _is_expanded(tensor)}
-    _copy_all(copies.keys(), copies.values())
-    try:
-        yield copies
-    finally:
-        _copy_all(copies.values(), copies.keys())
-        torch.clear_autocast_cache()
-
-
-@torch.no_grad()
-def _copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
-    """Each source into its target: one call per dtype and device, since an accelerator's host pays per call."""
-    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for source, target in zip(sources, targets, strict=True):
-        ones, others = kinds.setdefault((source.dtype, source.device), ([], []))
-        ones.append(_own_part(source))
-        others.append(_own_part(target))
-    for ones, others in kinds.values():
-        torch._foreach_copy_(others, ones)
-
-
-@contextmanager
-def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Sets every .grad to None inside the block, and restores it afterwards.
-
-    RuntimeError where one is a view, as DDP's buckets make them, which a backward pass through DDP would overwrite.
-    """
-    gradients = {parameter: parameter.grad for parameter in parameters}
-    if any(gradient is not None and gradient._is_view() for gradient in gradients.values()):
-        raise RuntimeError("gradients are views of DDP's buckets: build DDP without gradient_as_bucket_view=True")
-    for parameter in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-
-
-@contextmanager
-def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
-    """Restores weights, gradients, optimizer state, options and random generators bit for bit; yields copies by tensor.
-
-    Also restores the optimizer's attributes that are numbers, tensors or optimizers, such as the one that it wraps.
-    Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
-    """
-    scaling: Options = {name: vars(optimizer).pop(name) for name in ("grad_scale", "found_inf")
-                        if name in vars(optimizer)}
-    optimizers = [optimizer]
-    for one in optimizers:
-        optimizers += [own for own in vars(one).values() if isinstance(own, Optimizer) and own not in optimizers]
-    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
-    # One that was frozen and keeps its gradient still moves.
-    weights = [weight for weight in parameters_of(optimizer) if weight.requires_grad or weight.grad is not None]
-    attributes = [
-        {name: value for name, value in vars(one).items() if isinstance(value, (int, float, Tensor))}
-        for one in optimizers
-    ]
-    entries = [entry for one in optimizers for entry in (*one.state.values(), *one.param_groups)
-               if isinstance(entry, dict)]
-    tensors = [value for entry in (*entries, *attributes) for value in entry.values() if isinstance(value, Tensor)]
-    before = [{name: value if _stays(value) else copy.deepcopy(value) for name, value in entry.items()}
-              for entry in entries]
-    states = [dict(one.state) for one in optimizers]
-    devices = {weight.device for weight in weights if weight.device.type != "cpu"}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind), preserved([*weights, *gradients, *tensors]) as copies:
-        try:
-            yield copies
-        finally:
-            for one, state, numbers in zip(optimizers, states, attributes, strict=True):
-                one.state.clear()
-                one.state.update(state)
-                vars(one).update(numbers)
-            for entry, values in zip(entries, before, strict=True):
-                for name in entry.keys() - values.keys():
-                    del entry[name]
-                entry.update(values)
-            vars(optimizer).update(scaling)
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _stays(value: Any) -> bool:
-    """Whether the object itself is kept, as a tensor is, whose numbers are restored, and a group's parameters."""
-    if isinstance(value, list):
-        return any(isinstance(item, nn.Parameter) for item in value)
-    return not isinstance(value, (dict, set, tuple))
-
-
-def _is_registered(handle: RemovableHandle) -> bool:
-    return handle.id in (handle.hooks_dict_ref() or {})
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share their memory, so that torch refuses to write the tensor."""
-    strides = tensor.stride() if tensor.layout is torch.strided else ()
-    return any(size > 1 and not stride for size, stride in zip(tensor.shape, strides, strict=False))
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor, as FSDP2 makes
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A 0-d result over all shards."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]

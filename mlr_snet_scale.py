@@ -5,7 +5,7 @@
 
 It runs an LR range test, then four short cosines, and restores network, optimizer and random generators. In a run
 that may be resumed give the schedule a function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at
-its first step only. This file needs torch and mlr_snet only.
+its first step only. Needs torch and mlr_snet only.
 """
 
 import copy
@@ -24,20 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlr_snet import (
-    LARGEST_LOSS,
-    all_reduce_mean,
-    bare_step,
-    lr_ratios,
-    lr_scale,
-    parameters_of,
-    preserved,
-    preserved_modules,
-    preserved_optimizer,
-    set_lr,
-    unwrapped,
-    without_gradients,
-)
+from mlr_snet import LARGEST_LOSS, lr_scale
+from mlr_snet_optim.directions import bare_step
+from mlr_snet_optim.loop import unwrapped
+from mlr_snet_optim.ranks import all_reduce_mean
+from mlr_snet_optim.rates import lr_ratios, set_lr
+from mlr_snet_optim.restoring import parameters_of, preserved, preserved_modules, preserved_optimizer, without_gradients
 
 RANGE_STEPS = 120  # in the range test, which spans five decades
 UNTRAINED_STEPS = 20  # the first of them, at rates that are too small to matter

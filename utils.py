@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlr_snet import all_reduce_mean
+from mlr_snet_optim.ranks import all_reduce_mean
 
 ROOT = Path(__file__).resolve().parent
 COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # in cost.json; the passes leave tests out

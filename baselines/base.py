@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mlr_snet import all_reduce_mean, copied_rates, lr_ratios
+from mlr_snet_optim.loop import check_state
+from mlr_snet_optim.ranks import all_reduce_mean
+from mlr_snet_optim.rates import copied_rates, lr_ratios
 from utils import build_optimizer
 
 
@@ -54,9 +56,7 @@ class Baseline(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from state_dict(). ValueError for a state of another schedule."""
-        if state.keys() != set(self.remembered):
-            different = ", ".join(sorted(state.keys() ^ set(self.remembered)))
-            raise ValueError(f"not the state of a {type(self).__name__}: missing or unknown {different}")
+        check_state(self, state, self.remembered)
         device = self.optimizer.param_groups[0]["params"][0].device
         for name, value in state.items():
             if isinstance(value, Tensor):

@@ -10,14 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
 
 from baselines.base import Baseline, mean_loss
-from mlr_snet import (
-    all_reduce_mean,
-    check_affine,
-    parameters_of,
-    preserved,
-    set_lr,
-    update_directions,
-)
+from mlr_snet_optim.directions import check_affine, update_directions
+from mlr_snet_optim.ranks import all_reduce_mean
+from mlr_snet_optim.rates import set_lr
+from mlr_snet_optim.restoring import parameters_of, preserved
 
 
 def _with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from baselines.base import Baseline, from_package, mean_loss
-from mlr_snet import on_host, set_lr
+from mlr_snet_optim.ranks import on_host
+from mlr_snet_optim.rates import set_lr
 
 
 class Val(Baseline):

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from baselines.base import Baseline
-from mlr_snet import set_lr
+from mlr_snet_optim.rates import set_lr
 
 
 class ClosedForm(Baseline):

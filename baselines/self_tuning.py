@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from baselines.base import Baseline, from_package
-from mlr_snet import set_lr
+from mlr_snet_optim.rates import set_lr
 
 
 class SelfTuning(Baseline):

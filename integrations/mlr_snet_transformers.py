@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 
-from mlr_snet import MLRSNetLR, unwrapped
+from mlr_snet import MLRSNetLR
+from mlr_snet_optim.loop import unwrapped
 
 
 class SchedulerSlot:

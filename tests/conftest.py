@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+import mlr_snet
+from mlr_snet_optim import directions, rates
+
 torch.set_num_threads(1)  # pytest runs a process per core
 
 
@@ -22,6 +25,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def stay_on_device(monkeypatch):
+    """A function that leaves rates and fractions in tensors from now on, as if these lay on an accelerator."""
+
+    def patch():
+        for module in (mlr_snet, directions, rates):
+            monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
+
+    return patch
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, all_reduce_mean
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR
+from mlr_snet_optim.ranks import all_reduce_mean
 from mlr_snet_scale import measure_lr_scale
 
 KINDS = {

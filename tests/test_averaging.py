@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 from data.images import Batch
-from mlr_snet import Average, hypergradient
+from mlr_snet import hypergradient
+from mlr_snet_optim.average import Average
 from training.averaging import fresh_statistics
 
 AVERAGED = [*SMALL, "--num-meta", "100", "--t-val", "2", "--meta-point", "average", "--average"]

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mlr_snet
 from baselines import build_baseline
 from data import build_task
 from data.meta_stream import MetaStream, schedule_arguments
-from mlr_snet import Average, MetaMLRSNetLR, MLRSNet, MLRSNetLR, train
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, train
+from mlr_snet_optim.average import Average
+from mlr_snet_optim.directions import descend
 from models import build_network
 from training import folder
 from training.averaging import evaluating_average
@@ -58,10 +59,9 @@ KINDS = ["meta-test", "lookahead", "adam", "average", "cosine"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatch):
+def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, stay_on_device):
     if kind != "cosine":
-        for module in (mlr_snet,):  # as if the tensors lay on an accelerator
-            monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
+        stay_on_device()
     task = digits()
     steps = loop(parts(kind, task, fused=True), task)
     for _ in range(3):
@@ -72,8 +72,8 @@ def test_a_step_in_the_steady_state_makes_no_number_of_a_tensor(kind, monkeypatc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tensors_of_a_steady_step_keep_their_storage(kind, monkeypatch):
-    monkeypatch.setattr(mlr_snet, "on_host", torch.Tensor.detach)  # as if the tensors lay on an accelerator
+def test_the_tensors_of_a_steady_step_keep_their_storage(kind, stay_on_device):
+    stay_on_device()
     task = digits()
     built = network, optimizer, schedule = parts(kind, task, fused=True)
     steps = loop(built, task)
@@ -117,11 +117,10 @@ def loop(built, task):
 
 
 @pytest.mark.parametrize("kind", ["meta-test", "lookahead", "adam", "average"])
-def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, monkeypatch):
+def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, stay_on_device):
     task = digits()
     host = [(step.lr, float(step.loss)) for step in loop(parts(kind, task, fused=False), task)]
-    for module in (mlr_snet,):
-        monkeypatch.setattr(module, "on_host", torch.Tensor.detach)
+    stay_on_device()
     device = [(float(step.lr), float(step.loss)) for step in loop(parts(kind, task, fused=True), task)]
     assert [value for pair in device for value in pair] == pytest.approx([v for pair in host for v in pair], rel=2e-3)
 
@@ -129,8 +128,8 @@ def test_rates_that_stay_on_the_device_are_those_that_come_to_the_host(kind, mon
 def test_a_rate_that_is_a_tensor_moves_the_weights_as_a_number_does():
     weights, direction = torch.randn(2, 5, dtype=torch.float64)
     one, other = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.clone())
-    mlr_snet.descend({one: lambda weight: direction}, 0.3)
-    mlr_snet.descend({other: lambda weight: direction}, torch.tensor(0.3, dtype=torch.float64))
+    descend({one: lambda weight: direction}, 0.3)
+    descend({other: lambda weight: direction}, torch.tensor(0.3, dtype=torch.float64))
     torch.testing.assert_close(one, other)
 
 

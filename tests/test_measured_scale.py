@@ -1,6 +1,7 @@
 """measure_lr_scale: its equations, its oracle on a quadratic, and that it restores everything bit for bit."""
 
 import copy
+import itertools
 import math
 import random
 import statistics
@@ -10,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from test_schedulers import same
 from torch import nn
 from torch.nn import functional
 
@@ -352,3 +354,87 @@ def test_auto_refuses_an_optimizer_that_the_papers_formula_was_not_made_for():
         with pytest.raises(ValueError, match="measure_lr_scale"):
             MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10)
         assert MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10, gamma="paper").chosen_gamma == "paper"
+
+
+# ---------------------------------------------------------------------------------------------- measuring in real loops
+
+
+def regression(seed):
+    """An easy problem: 442 rows, batch 16, targets that are not normalised."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(442, 10, generator=generator)
+    targets = 150 + 50 * inputs[:, :3].sum(1) + 40 * torch.randn(442, generator=generator)
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def next_loss():
+        rows = torch.randint(442, (16,), generator=generator)
+        return (network(inputs[rows]).squeeze(1) - (targets[rows] - 150) / 90).square().mean()
+
+    return network, next_loss
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_an_easy_regression_is_measured(kind):
+    refused = []
+    for seed in range(5):
+        network, next_loss = regression(seed)
+        refused.append(measure_lr_scale(network, kind(network.parameters()), next_loss, 440).refusal)
+    assert refused == [""] * 5
+
+
+@pytest.mark.parametrize("budget", [150, 200, 400])
+def test_the_steps_of_measuring_are_an_argument(budget):
+    network, next_loss = regression(0)
+    measured = measure_lr_scale(network, torch.optim.SGD(network.parameters(), lr=1.0), next_loss, 440, budget=budget)
+    assert budget - 3 < measured.num_steps <= budget
+
+
+@pytest.mark.parametrize("end", ["none", "none for ever", "stop", "float"])
+def test_a_stream_that_ends_starts_over_or_is_named(end):
+    network, next_loss = regression(0)
+    count = itertools.count(1)
+
+    def ending():
+        if next(count) % 28:
+            return next_loss()
+        if end == "stop":
+            raise StopIteration
+        if end == "float":
+            return 1.0
+        if end == "none for ever":
+            next(count)
+            return None if next(count) else None
+        return None
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    if end == "none":
+        assert measure_lr_scale(network, optimizer, ending, 440).scale > 0
+        return
+    broken = ending if end != "none for ever" else lambda: None
+    with pytest.raises((ValueError, TypeError), match="start the loader over|as a tensor, with its graph"):
+        measure_lr_scale(network, optimizer, broken, 440)
+
+
+def test_micro_batches_are_measured_as_their_sum():
+    network, next_loss = regression(0)
+    state = copy.deepcopy(network.state_dict())
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    inputs, targets = torch.randn(64, 10), torch.randn(64)
+
+    def part(rows):
+        return (network(inputs[rows]).squeeze(1) - targets[rows]).square().sum() / 64
+
+    whole = measure_lr_scale(network, optimizer, lambda: part(slice(0, 64)), 440)
+    several = measure_lr_scale(network, optimizer, lambda: (part(slice(a, a + 16)) for a in range(0, 64, 16)), 440)
+    assert several.scale == pytest.approx(whole.scale, rel=1e-3)
+    assert same(state.values(), network.state_dict().values())
+
+
+def test_a_guessed_scale_warns_where_it_is_read():
+    network = nn.Linear(4, 4)
+    measured = measure_lr_scale(
+        network, torch.optim.SGD(network.parameters(), lr=1.0), lambda: 0 * network.weight.sum() + torch.rand(()), 440
+    )
+    with pytest.warns(UserWarning, match="is a guess"):
+        assert measured.gamma == 2 * measured.scale

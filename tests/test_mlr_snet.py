@@ -13,19 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 from data.meta_stream import MetaStream, schedule_arguments
-from mlr_snet import (
-    Average,
-    MetaMLRSNetLR,
-    MLRSNet,
-    MLRSNetLR,
-    descend,
-    hypergradient,
-    load_schedule,
-    load_schedules,
-    lr_scale,
-    train,
-    update_directions,
-)
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient, load_schedule, load_schedules, lr_scale, train
+from mlr_snet_optim.average import Average
+from mlr_snet_optim.directions import descend, update_directions
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden.json").read_text())

@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_modules_and_the_nets_and_nothing_else_at_the_top_le
     names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
     top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     modules = ("mlr_snet", "mlr_snet_scale", "mlr_snet_lightning", "mlr_snet_transformers")
-    assert top == {*(f"{module}.py" for module in modules), "mlr_snet_nets"}
+    assert top == {*(f"{module}.py" for module in modules), "mlr_snet_nets", "mlr_snet_optim"}
     assert {name.partition("/")[2] for name in names if name.startswith("mlr_snet_nets/")} == NETS
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,4 +1,4 @@
-"""mlr_snet.py on its own: a lone copy, among foreign modules of the same names, through torch.hub; and the README."""
+"""mlr_snet.py on its own: a copy, among foreign modules of the same names, through torch.hub; and the README."""
 
 import csv
 import itertools
@@ -27,7 +27,7 @@ start = time.process_time()
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR
 seconds = time.process_time() - start
 foreign = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
-assert foreign <= {"torch", "mlr_snet"}, foreign
+assert foreign <= {"torch", "mlr_snet", "mlr_snet_optim"}, foreign
 assert seconds < 0.1, seconds
 torch.manual_seed(0)
 network = torch.nn.Linear(3, 2)
@@ -85,8 +85,14 @@ def project(tmp_path):
     return tmp_path
 
 
+def copy_to(folder):
+    """What a project copies that does not install the wheel."""
+    shutil.copy(ROOT / "mlr_snet.py", folder)
+    shutil.copytree(ROOT / "mlr_snet_optim", folder / "mlr_snet_optim", ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def test_a_copy_works_beside_foreign_modules_of_the_same_names(project):
-    shutil.copy(ROOT / "mlr_snet.py", project)
+    copy_to(project)
     run_in(project, FOREIGN + USE_AND_LEARN)
 
 
@@ -95,7 +101,7 @@ def test_torch_hub_works_in_a_project_with_foreign_modules_of_the_same_names(pro
 
 
 def test_a_lone_copy_says_that_the_shipped_nets_are_elsewhere(tmp_path):
-    shutil.copy(ROOT / "mlr_snet.py", tmp_path)
+    copy_to(tmp_path)
     run_in(tmp_path, """
 import mlr_snet
 try:

@@ -13,7 +13,8 @@ from torch.func import functional_call
 import data.text
 from data import build_task
 from data.text import TextData, TextTask
-from mlr_snet import hypergradient, lookahead, update_directions
+from mlr_snet import hypergradient, lookahead
+from mlr_snet_optim.directions import update_directions
 from models import build_network
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from mlr_snet import Average, preserved
+from mlr_snet_optim.average import Average
+from mlr_snet_optim.restoring import preserved
 from utils import average_buffers
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
-from mlr_snet import Average
+from mlr_snet_optim.average import Average
 from models import build_network
 from training.command_line import agree, end_with_launcher
 from training.folder import restore_surroundings

@@ -19,7 +19,8 @@ from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
-from mlr_snet import Average, ScaleError, Schedule, Step, train
+from mlr_snet import ScaleError, Schedule, Step, train
+from mlr_snet_optim.average import Average
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
 from training.checkpoint import Checkpoint

@@ -4,17 +4,27 @@ import copy
 
 import pytest
 import torch
+from test_restoring import INPUTS, act, loss_of
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
-from mlr_snet import NOT_AFFINE, MLRSNet, MLRSNetLR, set_lr, update_directions
+from mlr_snet_optim.directions import NOT_AFFINE, bare_step, update_directions
+from mlr_snet_optim.rates import set_lr
+from mlr_snet_optim.restoring import preserved_optimizer
+from mlr_snet_scale import measure_lr_scale
 
 SGD_OPTIONS = [
     {}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"momentum": 0.5, "maximize": True},
 ]
+
+
 ADAM_OPTIONS = [{}, {"weight_decay": 0.1}, {"amsgrad": True, "weight_decay": 0.1}, {"maximize": True}]
+
+
 DECOUPLED = [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"maximize": True}]
+
+
 OPTIONS = {
     "SGD": SGD_OPTIONS, "Adam": ADAM_OPTIONS, "AdamW": ADAM_OPTIONS, "NAdam": DECOUPLED, "RAdam": DECOUPLED,
     "Adamax": [{}, {"weight_decay": 0.1}, {"maximize": True}],
@@ -23,7 +33,11 @@ OPTIONS = {
     "Adadelta": [{}, {"weight_decay": 0.1}, {"maximize": True}],
     "Muon": [{}, {"weight_decay": 0.1}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}],
 }
+
+
 FUSED = ("SGD", "Adam", "AdamW", "Adagrad")  # on the CPU
+
+
 STEPS = 8  # RAdam changes its form at the sixth
 
 
@@ -153,29 +167,88 @@ def test_sparse_gradients_are_refused():
         update_directions(torch.optim.SGD(embedding.parameters(), lr=0.1))
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
-def test_a_rate_that_is_a_tensor_is_filled_in_place_and_returned_as_a_copy(kind):
-    weight = nn.Parameter(torch.zeros(2))
-    rate = torch.tensor(0.1)
-    optimizer = kind([{"params": [weight], "lr": rate}], lr=1.0, foreach=False)
-    schedule = MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10, gamma="paper")
-    schedule.step(2.3)
-    (lr,) = schedule.get_last_lr()
-    assert optimizer.param_groups[0]["lr"] is rate and lr is not rate and torch.equal(lr, rate)
-    assert rate.item() == pytest.approx(schedule.gamma * 0.5, rel=0.1)
-    rate.fill_(0.0)
-    assert lr > 0
+def test_trial_steps_and_measuring_run_no_hooks():
+    network, inputs = nn.Linear(4, 4), torch.randn(8, 4)
+    optimizer, seen = torch.optim.RMSprop(network.parameters(), lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))  # an average of the weights, for example
+
+    def loss():
+        return nn.functional.cross_entropy(network(inputs), torch.arange(8) % 4)
+
+    measure_lr_scale(network, optimizer, loss, 100)
+    loss().backward()
+    update_directions(optimizer)
+    with preserved_optimizer(optimizer):
+        bare_step(optimizer)
+    assert not seen
 
 
-def test_a_compiled_step_is_not_compiled_again_when_the_rate_changes():
-    from torch._dynamo.testing import CompileCounter
+class Calling(AdamW):
+    """Calls the step of its parent class, which runs the hooks as well."""
 
-    weight, counter = nn.Parameter(torch.ones(2)), CompileCounter()
-    optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.1), foreach=False)
-    schedule = MLRSNetLR(optimizer, [MLRSNet()], 6, num_classes=10)
-    step = torch.compile(optimizer.step, backend=counter)
-    for loss in (2.3, 1.9, 1.0, 0.4):
-        weight.grad = torch.ones(2)
-        schedule.step(loss)
-        step()
-    assert counter.frame_count == 1
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_trial_steps_run_no_hooks_where_a_step_calls_that_of_its_parent():
+    network, seen = nn.Linear(4, 1), []
+    AdamW(network.parameters())  # from the first instance on its step runs hooks
+    optimizer = Calling(network.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    act("lookahead", network, optimizer)
+    act("measuring", network, optimizer)
+    assert not seen
+    optimizer.step()
+    assert "pre" in seen and "post" in seen
+
+
+class Rebinding(Optimizer):
+    """Momentum whose state is a new dict in every step, and whose weight decay changes the gradient in place."""
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight.grad.add_(weight, alpha=0.1)
+            velocity = 0.9 * self.state[weight].get("velocity", 0.0) + weight.grad
+            self.state[weight] = {"velocity": velocity}
+            weight.sub_(velocity, alpha=self.param_groups[0]["lr"])
+
+
+def test_trial_steps_leave_gradients_and_a_state_that_is_rebound():
+    network = nn.Linear(4, 1)
+    optimizer = Rebinding(network.parameters(), lr=0.1)
+    loss_of(network).backward()
+    optimizer.step()
+    gradients = [weight.grad.clone() for weight in network.parameters()]
+    states = {weight: (state, state["velocity"].clone()) for weight, state in optimizer.state.items()}
+    update = update_directions(optimizer)
+    measure_lr_scale(network, optimizer, lambda: loss_of(network), 100)
+    for weight, gradient in zip(network.parameters(), gradients, strict=True):
+        state, velocity = states[weight]
+        assert torch.equal(weight.grad, gradient)
+        assert optimizer.state[weight] is state and torch.equal(state["velocity"], velocity)
+        expected = 0.9 * velocity + gradient + 0.1 * weight
+        assert torch.allclose(update[weight](weight), expected, atol=1e-6)
+
+
+def test_trial_steps_of_16_bits_are_refused():
+    network = nn.Linear(4, 1).bfloat16()
+    network(INPUTS.bfloat16()).sum().backward()
+    with pytest.raises(TypeError, match="Calling with parameters of 16 bits"):
+        update_directions(Calling(network.parameters()))
+    update_directions(AdamW(network.parameters()))
+
+
+def test_a_frozen_parameter_that_keeps_its_gradient_is_restored_after_trial_steps():
+    network = nn.Linear(4, 1)
+    optimizer = Calling(network.parameters(), lr=0.1)
+    loss_of(network).backward()
+    network.bias.requires_grad_(False)
+    before = network.bias.clone()
+    update_directions(optimizer)
+    assert torch.equal(network.bias, before)

@@ -1,19 +1,23 @@
 """What the lookahead, trial steps and the measurement may not change, in networks and optimizers of all kinds."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-from test_mlr_snet import loss_on, small_network
+from test_mlr_snet import loss_on, small_network, trained
+from test_schedulers import meta_schedule, same, snapshot
 from torch import nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
-from mlr_snet import Average, MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient, set_lr, unwrapped, update_directions
+from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient
+from mlr_snet_optim import average, restoring
+from mlr_snet_optim.average import Average
 from mlr_snet_scale import measure_lr_scale
 
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+
 TARGETS = INPUTS[:, :1].sin()
 
 
@@ -132,123 +136,6 @@ def test_hooks_of_the_user_on_parameters_act_on_the_meta_gradient():
     assert slope(True) == 0 and slope(False) != 0
 
 
-class Calling(AdamW):
-    """Calls the step of its parent class, which runs the hooks as well."""
-
-    def step(self, closure=None):
-        return super().step(closure)
-
-
-def test_trial_steps_run_no_hooks_where_a_step_calls_that_of_its_parent():
-    network, seen = nn.Linear(4, 1), []
-    AdamW(network.parameters())  # from the first instance on its step runs hooks
-    optimizer = Calling(network.parameters(), lr=0.1)
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-    act("lookahead", network, optimizer)
-    act("measuring", network, optimizer)
-    assert not seen
-    optimizer.step()
-    assert "pre" in seen and "post" in seen
-
-
-def test_a_schedule_that_is_attached_twice_is_refused():
-    network = small_network()
-    schedule = MLRSNetLR(SGD(network.parameters(), lr=0.1), "paper", 8, gamma=0.1)
-    handle = schedule.attach(lambda: 1.0)
-    with pytest.raises(RuntimeError, match="attached already: remove"):
-        schedule.attach(lambda: 1.0)
-    handle.remove()
-    schedule.attach(lambda: 1.0)
-
-
-def test_an_attached_schedule_that_acts_twice_in_a_step_is_warned_of():
-    network = small_network()
-    AdamW(network.parameters())
-    optimizer = Calling(network.parameters(), lr=0.1)
-    MLRSNetLR(optimizer, "paper", 8, gamma=0.1).attach(lambda: 1.0)
-    loss_on(network, 0).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        with pytest.warns(UserWarning, match="0 optimizer steps lie between two calls"):
-            optimizer.step()
-
-
-class Rebinding(Optimizer):
-    """Momentum whose state is a new dict in every step, and whose weight decay changes the gradient in place."""
-
-    def __init__(self, weights, lr):
-        super().__init__(weights, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for weight in self.param_groups[0]["params"]:
-            weight.grad.add_(weight, alpha=0.1)
-            velocity = 0.9 * self.state[weight].get("velocity", 0.0) + weight.grad
-            self.state[weight] = {"velocity": velocity}
-            weight.sub_(velocity, alpha=self.param_groups[0]["lr"])
-
-
-def test_trial_steps_leave_gradients_and_a_state_that_is_rebound():
-    network = nn.Linear(4, 1)
-    optimizer = Rebinding(network.parameters(), lr=0.1)
-    loss_of(network).backward()
-    optimizer.step()
-    gradients = [weight.grad.clone() for weight in network.parameters()]
-    states = {weight: (state, state["velocity"].clone()) for weight, state in optimizer.state.items()}
-    update = update_directions(optimizer)
-    measure_lr_scale(network, optimizer, lambda: loss_of(network), 100)
-    for weight, gradient in zip(network.parameters(), gradients, strict=True):
-        state, velocity = states[weight]
-        assert torch.equal(weight.grad, gradient)
-        assert optimizer.state[weight] is state and torch.equal(state["velocity"], velocity)
-        expected = 0.9 * velocity + gradient + 0.1 * weight
-        assert torch.allclose(update[weight](weight), expected, atol=1e-6)
-
-
-def test_trial_steps_of_16_bits_are_refused():
-    network = nn.Linear(4, 1).bfloat16()
-    network(INPUTS.bfloat16()).sum().backward()
-    with pytest.raises(TypeError, match="Calling with parameters of 16 bits"):
-        update_directions(Calling(network.parameters()))
-    update_directions(AdamW(network.parameters()))
-
-
-def test_a_frozen_parameter_that_keeps_its_gradient_is_restored_after_trial_steps():
-    network = nn.Linear(4, 1)
-    optimizer = Calling(network.parameters(), lr=0.1)
-    loss_of(network).backward()
-    network.bias.requires_grad_(False)
-    before = network.bias.clone()
-    update_directions(optimizer)
-    assert torch.equal(network.bias, before)
-
-
-def test_an_average_of_16_bits_follows_its_weights():
-    network = nn.Linear(4, 1).bfloat16()
-    nn.init.ones_(network.weight)
-    average = Average(network, 0.999)
-    nn.init.constant_(network.weight, 2.0)
-    for _ in range(5000):
-        average.update()
-    with average.averaged_weights():
-        assert network.weight.dtype == torch.bfloat16 and network.weight.float().mean() > 1.95
-
-
-def test_weights_unfrozen_after_their_average_was_made_are_an_error_of_the_meta_step():
-    network = small_network()
-    network[0].requires_grad_(False)
-    optimizer = SGD(network.parameters(), lr=0.1)
-    meta = MetaMLRSNetLR(
-        optimizer, MLRSNet(6), network, lambda: loss_on(network, 9), 10, gamma=0.1, t_val=1, meta_point="average"
-    )
-    network[0].requires_grad_(True)
-    loss = loss_on(network, 0)
-    loss.backward()
-    with pytest.raises(RuntimeError, match="the average of the weights leaves out parameters that train"):
-        meta.step(loss)
-
-
 def test_the_net_is_not_rounded_by_the_autocast_of_its_caller():
     def rates(context):
         optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -274,34 +161,6 @@ def test_a_training_loss_that_is_not_finite_does_not_move_the_net():
     assert all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
     schedule.step(1.0)
     assert not all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
-
-
-def test_a_state_of_other_parameter_groups_is_refused():
-    def built(groups):
-        network = small_network()
-        optimizer = SGD([{"params": [weight], "lr": 0.1} for weight in network.parameters()])
-        return MLRSNetLR(optimizer, "paper", 8, gamma=0.1, groups=groups)
-
-    with pytest.raises(ValueError, match=r"of the parameter groups \[0, 1, 2, 3, 4, 5\], this one has \[0\]"):
-        built([0]).load_state_dict(built(None).state_dict())
-    built([0]).load_state_dict(built([0]).state_dict())
-
-
-def test_only_the_wrappers_that_change_no_update_are_unwrapped():
-    class Slow:
-        def __init__(self, optimizer):
-            self.optimizer = optimizer
-
-    inner = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    wrapper = Slow(inner)
-    assert unwrapped(inner) is inner and unwrapped(wrapper) is wrapper
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_rate_in_a_tensor_is_rounded_to_its_own_precision_only(dtype):
-    optimizer = Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5, dtype=dtype))
-    set_lr(optimizer, 0.1)
-    assert torch.equal(optimizer.param_groups[0]["lr"], torch.tensor(0.1, dtype=dtype))
 
 
 class Wrapping(Optimizer):
@@ -345,71 +204,6 @@ def test_the_optimizer_inside_an_optimizer_is_restored(how, num_steps):
             one.step()
     assert torch.equal(network.weight, expected.weight)
     assert optimizer.inner.state[network.weight]["step"] == num_steps + 4
-
-
-@pytest.mark.parametrize("kind", [SGD, Adam])
-def test_a_rate_that_groups_share_in_one_tensor_is_set_for_the_driven_ones_only(kind):
-    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-    optimizer = kind([{"params": part.parameters()} for part in network], lr=torch.tensor(0.001))
-    schedule = MLRSNetLR(optimizer, "recommended", 100, gamma=0.2, groups=[0])
-    loss_of(network).backward()
-    schedule.step(1.0)
-    driven, other = schedule.get_last_lr()
-    assert driven > 0.05 and other == 0.001
-
-
-def test_a_closure_that_is_evaluated_several_times_advances_an_attached_schedule_once():
-    class Twice(Optimizer):
-        def step(self, closure=None):
-            closure()
-            return closure()
-
-    network = nn.Linear(4, 1)
-    optimizer = Twice(network.parameters(), {"lr": 0.1})
-    schedule = MLRSNetLR(optimizer, "recommended", 10, gamma=0.2)
-    schedule.attach(lambda: 1.0)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(network)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert schedule.steps_taken == 1
-
-
-def test_lbfgs_is_not_attached_to_since_it_reads_its_rate_first():
-    schedule = MLRSNetLR(torch.optim.LBFGS(nn.Linear(4, 1).parameters()), "recommended", 10, gamma=0.2)
-    with pytest.raises(TypeError, match=r"call step\(loss\) before optimizer.step\(closure\)"):
-        schedule.attach(lambda: 1.0)
-
-
-class TinyMoments(Optimizer):
-    """Keeps averages of tiny multiples of its gradients, as Prodigy does."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 0.1, "betas": (0.9, 0.999)})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for weight in self.param_groups[0]["params"]:
-            average = self.state[weight].setdefault("exp_avg", torch.zeros_like(weight))
-            average.lerp_(1e-6 * weight.grad, 0.1)
-            weight.sub_(weight.grad, alpha=self.param_groups[0]["lr"])
-
-
-@pytest.mark.parametrize("make", [TinyMoments, lambda parameters: Adam(parameters, betas=(0.999, 0.999))])
-def test_averages_that_are_small_are_no_sign_of_scaled_gradients(make):
-    network = nn.Linear(4, 1)
-    optimizer = make(network.parameters())
-    schedule = MetaMLRSNetLR(optimizer, MLRSNet(), network, lambda: loss_of(network, 1.0), 10, t_val=2, gamma=1e-3)
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = loss_of(network)
-        loss.backward()
-        schedule.step(loss)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -509,3 +303,65 @@ def test_small_gradients_of_16_bits_do_not_round_the_hypergradient_to_0(dtype):
         return float(hypergradient(network, optimizer, 0.1, lambda: 1e-4 * network(data).square().mean()))
 
     assert slope(dtype) == pytest.approx(slope(torch.float64), rel=0.05)
+
+
+def test_a_parameter_outside_the_network_does_not_move_at_a_meta_step():
+    network, _ = trained(lambda p: SGD(p, lr=0.1))
+    log_sigma = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = SGD([*network.parameters(), log_sigma], lr=1.0)
+
+    def loss(seed):
+        return loss_on(network, seed) * (-log_sigma).exp() + log_sigma
+
+    loss(0).backward()
+    before = snapshot(log_sigma, log_sigma.grad)
+    meta_schedule(network, optimizer, lambda: loss(99)).step(1.0)
+    assert same(before, [log_sigma, log_sigma.grad])
+
+
+def test_buffers_of_every_module_that_the_network_argument_names_are_restored():
+    network, optimizer = trained(lambda p: SGD(p, lr=0.1))
+    teacher = small_network()
+    before = snapshot(*teacher.buffers(), *network.buffers())
+
+    def meta_loss():
+        return loss_on(network, 99) + loss_on(teacher, 99).detach()
+
+    meta_schedule(nn.ModuleList([network, teacher]), optimizer, meta_loss).step(1.0)
+    assert same(before, [*teacher.buffers(), *network.buffers()])
+
+
+@pytest.mark.parametrize("what", ["lookahead", "average", "measuring"])
+def test_only_what_moves_is_copied(what, monkeypatch):
+    frozen = nn.Linear(100, 100).requires_grad_(False)
+    head = nn.Linear(100, 4)
+    network = nn.Sequential(frozen, head)
+    inputs, labels = torch.randn(8, 100), torch.arange(8) % 4
+    optimizer = SGD(network.parameters(), lr=1.0)
+    copied, copy_all = [], restoring.copy_all
+
+    def copy_and_tell(sources, targets):
+        copied.extend(sources)
+        copy_all(sources, targets)
+
+    for module in (restoring, average):
+        monkeypatch.setattr(module, "copy_all", copy_and_tell)
+
+    def loss():
+        return nn.functional.cross_entropy(network(inputs), labels)
+
+    if what == "measuring":
+        measure_lr_scale(network, optimizer, loss, 100)
+    else:
+        loss().backward()
+        net = MLRSNet(6)
+        schedule = MetaMLRSNetLR(optimizer, net, network, loss, 10, num_classes=4, t_val=1, meta_point=what)
+        schedule.step(loss())
+    assert copied and sum(tensor.numel() for tensor in copied) < 10_000
+
+
+def test_a_meta_loss_that_changes_the_mode_leaves_it_as_it_was():
+    network, optimizer = trained(lambda p: SGD(p, lr=0.1))
+    network[1].eval()
+    meta_schedule(network, optimizer, lambda: loss_on(network.eval(), 99)).step(1.0)
+    assert network.training and network[0].training and not network[1].training
