@@ -22,6 +22,7 @@ class Baseline(ABC):
     rate = "initial"  # what lr is: the initial or peak rate, a "factor" of the rate that it finds, or "none": not used
     has_beta = False  # whether its constructor takes beta, the step on the rate
     knows_length = False  # whether its rates depend on the length of the run
+    for_text = False  # whether its usual rate of SGD is one for language models
     needs_validation = False  # whether it reads data held out of the training set
     own_direction = False  # whether it replaces the optimizer's direction
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept

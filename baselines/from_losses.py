@@ -19,6 +19,7 @@ class Val(Baseline):
     """
 
     usual_lr = {**Baseline.usual_lr, "sgd": 20.0}
+    for_text = True
     needs_validation = True
     takes = ("validate",)
     remembered = ("num_steps", "lr", "min_loss")

@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from baselines import SCHEDULES, Baseline, build_baseline, default_beta
-from data import IMAGES
+from data import IMAGES, TEXTS
 from data.meta_stream import MetaStream, epoch_changes, schedule_arguments
 from mlr_snet import SHIPPED, MLRSNetLR, Schedule, load_schedules
 from training.arguments import (
@@ -71,6 +71,8 @@ def _check_schedule(parser: Parser, args: argparse.Namespace, given: set[str]) -
         parser.error(f"{schedule} needs images to validate on; set some aside with --num-meta 1000")
     if args.optimizer not in baseline.usual_lr:
         parser.error(f"{schedule} works with --optimizer {' or '.join(baseline.usual_lr)}, not {args.optimizer}")
+    if baseline.for_text and args.optimizer == "sgd" and args.lr is None and args.dataset not in TEXTS:
+        parser.error(f"{schedule} has a usual rate of SGD for language models only; give --lr")
     if baseline.second_order and args.compile:
         parser.error(f"{schedule} differentiates twice, which torch.compile cannot; leave --compile out")
     if baseline.own_direction and args.momentum:

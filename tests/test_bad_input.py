@@ -72,6 +72,7 @@ TOGETHER = [
     (META_TEST, ["--schedule", "fixed", "--gamma", "auto"], "--gamma belongs"),
     (META_TEST, ["--schedule", "cosine", "--nets", "shipped"], "--nets belongs"),
     (META_TEST, ["--schedule", "val"], "--num-meta"), (META_TEST, ["--schedule", "rtho"], "--num-meta"),
+    (META_TEST, ["--schedule", "val", "--num-meta", "200"], "give --lr"),
     (META_TEST, ["--schedule", "rtho", "--num-meta", "20", "--optimizer", "adam"], "--optimizer sgd, not adam"),
     (META_TEST, ["--schedule", "l4mom", "--momentum", "0.9"], "use --momentum 0"),
     (META_TEST, ["--schedule", "rtho", "--num-meta", "20", "--compile"], "leave --compile out"),

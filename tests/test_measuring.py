@@ -21,8 +21,10 @@ def scale_of(folder):
 
 
 def test_auto_measures_with_momentum_and_uses_the_papers_formula_without(tmp_path, capsys):
-    assert call(capsys, META_TEST, *MOMENTUM, "--out", tmp_path / "momentum").returncode == 0
+    done = call(capsys, META_TEST, *MOMENTUM, "--out", tmp_path / "momentum")
     record = scale_of(tmp_path / "momentum")
+    assert done.returncode == 0
+    assert f"after {record['num_steps']} steps" in done.stdout and "the run has 8\n" in done.stdout
     assert 0 < record["scale"] < 5 and 176 < record["num_steps"] <= 180 and len(record["trials"]) == 5
     assert (tmp_path / "momentum" / "lr_scale.png").stat().st_size > 10_000
     cost = json.loads((tmp_path / "momentum" / "cost.json").read_text())

@@ -56,6 +56,11 @@ def read(folder: Path) -> Measurement:
         raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
 
 
+def tell(line: str) -> None:
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer) -> Measurement:
     """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
 
@@ -65,6 +70,7 @@ def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer:
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
+    tell("measuring the LR scale by training at trial rates")
     try:
         with averaged_gradients(network):
             result = measure_lr_scale(
@@ -76,9 +82,11 @@ def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer:
             raise
         print(f"error: the LR scale could not be measured ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
+    seconds = time.perf_counter() - start
     if result.refusal and rank() == 0:
         print(f"warning: the LR scale {result.scale:.3g} is a guess, not measured ({result.refusal})", file=sys.stderr)
-    return Measurement(result, time.perf_counter() - start)
+    tell(f"LR scale {result.scale:.3g} after {result.num_steps} steps, {seconds:.1f} s; the run has {num_steps}")
+    return Measurement(result, seconds)
 
 
 def chosen_gamma(
