@@ -111,6 +111,10 @@ class LoopWatch:
         if schedule.phase < 0 and not schedule.steps_taken and any(step > 0 for step in steps):
             return ("the optimizer has trained before, and this schedule starts at its first step: in a resumed run "
                     "load the schedule's state_dict(), too")
+        scales = {group.get("lr_scale", 1.0) for group in self.optimizer.param_groups}
+        if len(scales) > 1 and len(set(schedule.ratios)) == 1:
+            return ("the parameter groups have timm's lr_scale, which only its own schedulers apply, and equal rates: "
+                    "multiply each group's lr by its lr_scale before the first step")
         return ""
 
     def _at_second_step(self, schedule: Any) -> str:

@@ -215,6 +215,17 @@ def test_an_attached_schedule_that_gets_no_loss_for_a_step_is_in_order():
             optimizer.step()
 
 
+@pytest.mark.parametrize(("rates", "is_warned"), [((0.1, 0.1), True), ((0.1, 0.05), False)])
+def test_a_layer_decay_of_timm_that_nobody_applies_is_warned_of(rates, is_warned, recwarn):
+    network = small_network()
+    one, other = list(network.parameters())[:2]
+    groups = [{"params": [one], "lr": rates[0]}, {"params": [other], "lr": rates[1], "lr_scale": 0.5}]
+    optimizer = SGD(groups, lr=0.1)
+    loss_on(network, 0).backward()
+    MLRSNetLR(optimizer, "recommended", 8, gamma=0.1).step(1.0)
+    assert any("lr_scale" in str(warning.message) for warning in recwarn) == is_warned
+
+
 def test_attach_and_step_together_are_refused():
     network = small_network()
     optimizer = SGD(network.parameters(), lr=0.1)
