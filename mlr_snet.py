@@ -1,7 +1,7 @@
 """MLR-SNet: a small LSTM reads the training loss of every step and returns that step's learning rate.
 
     lr_t = γ · A(ℓ_t; θ) · e(t)                     MLRSNet (A), lr_scale (γ), MLRSNetLR (e, warm-up and cool-down)
-    w_{t+1} = w_t − lr_t · d_t                      update_directions (d_t), train (the loop)
+    w_{t+1} = w_t − lr_t · d_t                      mlr_snet_optim/directions.py (d_t), train (the loop)
     ŵ(θ) = w_t − lr_t · d_t                         lookahead
     ∂L_meta(ŵ)/∂lr = −⟨∇L_meta(ŵ), d_t⟩             hypergradient
     θ_{t+1} = Adam(θ_t, ∂L_meta/∂lr · ∂lr/∂θ)       MetaMLRSNetLR

@@ -5,7 +5,7 @@
 
 It runs an LR range test, then four short cosines, and restores network, optimizer and random generators. In a run
 that may be resumed give the schedule a function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at
-its first step only. Needs torch and mlr_snet only.
+its first step only. Needs torch, mlr_snet and mlr_snet_optim only.
 """
 
 import copy
@@ -70,7 +70,7 @@ class MeasuredScale:
 
 
 def usual_lr(optimizer: Optimizer) -> float:
-    """The best rate on the average calibration problem: 0.5 · (1 − ρ) for SGD with momentum ρ, 0.005 for Adam."""
+    """A fixed rate that suits small image problems: 0.5 · (1 − ρ) for SGD with momentum ρ, 0.005 for Adam."""
     if isinstance(optimizer, torch.optim.SGD):
         return 0.5 * (1 - optimizer.param_groups[0]["momentum"])
     return 1.0 if isinstance(optimizer, torch.optim.Adadelta) else 0.005  # not calibrated: torch's default, and Adam's

@@ -145,7 +145,7 @@ def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) ->
 
 
 def _constant_lr(line: Arguments) -> str:
-    """The rate that is best on the average calibration problem of the line's optimizer."""
+    """A fixed rate of the line's optimizer that suits small image problems."""
     weights = [torch.zeros(1, requires_grad=True)]
     momentum = float(line.get("momentum", 0))
     optimizer = build_optimizer(line.get("optimizer", "sgd"), weights, 1.0, momentum, weight_decay=0.0)

@@ -37,12 +37,8 @@ def summarise(runs: Sequence[Run], target: float | None) -> list[Record]:
     for group, by_method in members.items():
         methods = [method for method in dict.fromkeys(run.method for run in runs) if method in by_method]
         finished = [_record(group, details[group], method, by_method[method]) for method in methods]
-        for baseline in ("fixed", "sgd+val"):
-            found = [record for record in finished if record["method"] == baseline and "runs" in record]
-            if found:
-                finished = [_compared(record, found[0], target) for record in finished]
-                break
-        records += finished
+        baselines = [record for record in finished if record["method"] in ("fixed", "sgd+val") and "runs" in record]
+        records += [_compared(record, baselines, target) for record in finished]
     return records
 
 
@@ -53,8 +49,7 @@ def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
     record: Record = {
         "group": group, "detail": detail, "title": joined(words, detail), "method": method,
         "seeds": len(runs), "finished": len(done), "problem": first.problem,
-        "epochs": epochs, "is_ours": first.is_ours,
-        "names": {run.seed: run.name for run in runs},
+        "is_ours": first.is_ours, "names": {run.seed: run.name for run in runs},
     }
     return record | _results(done, epochs) if done else record
 
@@ -80,19 +75,19 @@ def _results(done: list[Run], epochs: int) -> Record:
     results["seconds"] = statistics.mean(sum(row["seconds"] for row in rows) for rows in runs)
     if all("forward_passes" in run.cost for run in done):
         results["steps_per_epoch"] = done[0].cost["steps_per_epoch"]
-        results["passes_per_step"] = done[0].arguments.get("accumulate", 1)
         for name in COSTS:  # the passes of the epochs that count
             shares = [epochs / len(run.rows) if name.endswith("_passes") else 1.0 for run in done]
             results[name] = statistics.mean(run.cost[name] * share for run, share in zip(done, shares, strict=True))
-        num_passes = epochs * results["steps_per_epoch"] * results["passes_per_step"]
+        num_passes = epochs * results["steps_per_epoch"] * done[0].arguments.get("accumulate", 1)
         results["relative_steps"] = results["forward_passes"] / num_passes  # measuring and learning included
     return results
 
 
-def _compared(record: Record, baseline: Record, target: float | None) -> Record:
-    """With its costs relative to the baseline's and, by default, its way to the baseline's result."""
-    if "runs" not in record:
+def _compared(record: Record, baselines: list[Record], target: float | None) -> Record:
+    """With its way to the target, by default the result of the first baseline, and its costs relative to that one's."""
+    if "runs" not in record or (not baselines and target is None):
         return record
+    baseline: Record = baselines[0] if baselines else {}
     relative = {f"relative_{name}": record[name] / baseline[name] for name in ("seconds", *COSTS)
                 if record.get(name) is not None and baseline.get(name)}
     return record | relative | _reach(record, baseline["last_mean"] if target is None else target)

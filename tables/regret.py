@@ -9,7 +9,6 @@ of which a seed diverged has an infinite regret on that problem.
 """
 
 import math
-import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +17,17 @@ from drawing import COLOURS, style_of
 from methods import GRID
 from records import LOW_IS_GOOD, STEPS, Record, leading, spread
 from runs import Run
+from scipy import stats
 from writing import MOST_ROWS, markdown, write_csv
 
 from training.pictures import save, subplots
 
 CLOSE = 1.0  # point or %
-RESAMPLES = 2000  # of problems and seeds, for the intervals
 FEW = 6  # problems that a page shows one by one
 KINDS = {"points": "images", "%": "text"}  # of problems, by the unit of their regret
 REGRET_COLUMNS = ["group", "method", "weights", "unit", "result", "regret", "relative_steps"]
 PEAK_COLUMNS = ["group", "best_peak", "is_end_of_grid", "result", "measured", "measured_over_best"]
 WEIGHTS = {"live": "last_mean", "averaged": "average_mean"}  # where a record has their result
-MEASURED = "cosine (measured)"  # its runs show the measured rate
 
 
 def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: Sequence[str]) -> list[str]:
@@ -56,8 +54,8 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
         *markdown(_rows(summaries, highlight)),
         *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
         "Regret is in points of accuracy, for regression of explained variance, behind the best of a grid of cosines, "
-        "or per cent of its perplexity; the best is picked on test data. Brackets hold 95 % of the means over "
-        f"resampled problems and seeds. {STEPS} "
+        "or per cent of its perplexity; the best is picked on test data. Brackets hold the 95 % interval of a mean by "
+        f"Student's t over the problems, or over a single one's seeds. {STEPS} "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
         f"every result.{ends}", "",
         *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",
@@ -121,17 +119,17 @@ def _by_seed(record: Record, mark: Record, weights: str) -> list[float]:
 
 
 def interval(problems: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The 2.5 and the 97.5 percentile of the mean regret over resampled problems and seeds.
+    """The 95 % interval of the mean regret by Student's t over the problems' means, which vary by seed, too; of a
+    single problem over its seeds.
 
     Each of the problems holds the regrets of its seeds.
     """
-    generator = random.Random(0)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = generator.choices(problems, k=len(problems))
-        means.append(statistics.fmean(statistics.fmean(generator.choices(seeds, k=len(seeds))) for seeds in drawn))
-    means.sort()
-    return means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES) - 1]
+    values = [statistics.fmean(seeds) for seeds in problems] if len(problems) > 1 else problems[0]
+    mean = statistics.fmean(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return mean, mean
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def summaries_of(regrets: list[Record]) -> list[Record]:
@@ -146,7 +144,6 @@ def summaries_of(regrets: list[Record]) -> list[Record]:
         steps = [regret["relative_steps"] for regret in group if regret["relative_steps"] is not None]
         summary: Record = {
             "method": method, "weights": weights, "is_ours": group[0]["is_ours"], "values": values,
-            "median": statistics.median(values),
             "close": len([value for value in values if value <= CLOSE]) / len(values),
             "diverged": len(values) - len(finite), "finite_mean": statistics.mean(finite) if finite else math.inf,
             "relative_steps": statistics.mean(steps) if steps else None,
@@ -234,9 +231,9 @@ def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
 
 def measured_lr(runs: list[Run], members: list[Record]) -> float | None:
     """The measured rate of a problem, the geometric mean over the seeds, where its runs have measured one."""
-    names = [name for record in members if record["method"] == MEASURED for name in record["names"].values()]
-    rates = [run.lr_scale["scale"] for run in runs if run.name in names and run.lr_scale]
-    return statistics.geometric_mean(rates) if rates else None
+    names = {name for record in members for name in record["names"].values()}
+    rates = {run.seed: run.lr_scale["scale"] for run in runs if run.name in names and run.lr_scale}
+    return statistics.geometric_mean(rates.values()) if rates else None
 
 
 def _number(value: float | None) -> str:

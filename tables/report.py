@@ -74,8 +74,8 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
     """One line of a table with all its columns; several side by side."""
     places = places_of(records)
     ranked = sorted(dict.fromkeys(record["method"] for record in records), key=lambda method: places[method])
-    ours = [method for method in ranked for record in records if record["method"] == method and record["is_ours"]]
-    methods = leading(ranked, highlight or ours[:1], MOST_ROWS)
+    ours = {record["method"] for record in records if record["is_ours"]}
+    methods = leading(ranked, highlight or [method for method in ranked if method in ours][:1], MOST_ROWS)
     groups = list(dict.fromkeys(record["group"] for record in records))
     notes, beside = [], []
     if len(groups) == 1:

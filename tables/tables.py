@@ -26,6 +26,7 @@ from runs import collect, read, write
 from specs import TABLES
 from writing import read_jsonl, write_index
 
+from data import TEXTS
 from training.command_line import Parser, folder, number, show_safely, user_errors
 from training.folder import FolderLock, read_record
 
@@ -33,6 +34,10 @@ NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "seed": "use --seeds N for the seeds 0 to N - 1",
     "out": "use --out for the folder of the tables",
     "resume": "leave it out; a table resumes its stopped runs by itself",
+}
+NUMBERS = {  # flags that a table reads itself, to name its lines
+    "num-epoch": number(int, 1), "limit-train": number(int, 1), "momentum": number(float, 0),
+    "label-noise": number(float, 0),
 }
 EXAMPLES = """\
   python tables/tables.py --table cifar10-resnet --preset smoke --seeds 1 --only fixed cosine"""
@@ -77,6 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.list or args.render or args.table):
         parser.error(f"--table: choose from {', '.join(TABLES)}")
+    if args.render and (args.table or args.open or args.highlight or args.target is not None):
+        parser.error("--render takes everything from the results; leave --table, --open, --highlight and --target out")
     if args.table and args.preset not in TABLES[args.table].preset_names:
         parser.error(f"--preset {args.preset}: {args.table} has only {' and '.join(TABLES[args.table].preset_names)}")
     if args.slurm_options and not args.slurm:
@@ -86,6 +93,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.slurm and args.jobs:
         parser.error("--jobs is for one machine; leave it out with --slurm")
     args.only = list(dict.fromkeys(args.only))
+    if args.table:
+        own = [*TABLES[args.table].methods, *TABLES[args.table].text_methods]
+        for name in args.only:
+            if TABLES[args.table].text_methods and name not in own:
+                parser.error(f"--only {name}: no line of {args.table} runs it; leave it out")
+        for name in args.highlight:
+            if name not in (args.only or own):
+                parser.error(f"--highlight {name}: the table does not run it; leave it out")
     try:
         args.slurm_options = parse_words(args.slurm_options)
     except ValueError as error:
@@ -97,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         args.overrides = parse_overrides(args.overrides)
         if args.table:
-            check_lines(args)
+            check_overrides(args)
     except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(f"--set {error}")
     return args
@@ -122,7 +137,7 @@ def parse_more_seeds(args: argparse.Namespace) -> dict[str, int]:
     for name, value in parse_words(args.more_seeds).items():
         table = TABLES[args.table]
         if name not in (args.only or [*table.methods, *table.text_methods]):
-            raise ValueError(f"{name}: {args.table} does not run it; choose one of its methods or of --only")
+            raise ValueError(f"{name}: choose one of the methods of {args.table}, or of --only where that is given")
         more_seeds[name] = number(int, args.seeds + 1)(value)
     return more_seeds
 
@@ -134,20 +149,23 @@ def parse_overrides(words: list[str]) -> dict[str, str]:
     for flag in overrides:
         if flag in NOT_FOR_SET:
             raise ValueError(f"{flag}: {NOT_FOR_SET[flag]}")
-    if "num-epoch" in overrides:
-        try:
-            number(int, 1)(overrides["num-epoch"])
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"num-epoch: {error}") from None
+    for flag, is_number in NUMBERS.items():
+        if flag in overrides:
+            try:
+                is_number(overrides[flag])
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"{flag}: {error}") from None
     return overrides
 
 
-def check_lines(args: argparse.Namespace) -> None:
-    """ValueError for an override of what the table's lines differ in, or what one of its methods sets itself."""
+def check_overrides(args: argparse.Namespace) -> None:
+    """ValueError for an override of what the table's lines differ in or do not have, or what a method sets itself."""
     table = TABLES[args.table]
-    unfit = [name for name in args.only if table.text_methods and name not in [*table.methods, *table.text_methods]]
-    if unfit:
-        raise ValueError(f"{unfit[0]}: no line of {args.table} runs it; leave it out of --only")
+    datasets = [args.overrides.get("dataset", line["dataset"]) for line in table.lines(args.preset)]
+    for flag, has_lines in {"image-root": any(name not in TEXTS for name in datasets),
+                            "text-root": any(name in TEXTS for name in datasets)}.items():
+        if flag in args.overrides and ("data-root" in args.overrides or not has_lines):
+            raise ValueError(f"{flag}: leave it out beside data-root, and where a table has no such lines")
     for flag in args.overrides:
         values = {line.get(flag) for line in table.lines(args.preset)}
         if None not in values and len(values) > 1:

@@ -26,12 +26,11 @@ DETAILS: dict[str, Callable[[str], str]] = {  # how the value of a flag tells li
     "predict": lambda value: f"predicting the {value}",
     "batch-size": lambda value: f"batch {value}",
     "accumulate": lambda value: f"{value} micro-batches",
-    "tokens": lambda value: {"word": "words", "char": "characters"}[value],
+    "tokens": lambda value: {"word": "words", "char": "characters"}.get(value, value),
     "corruption": lambda value: CORRUPTIONS.get(value, value),
     "label-noise": lambda value: f"{float(value):.0%} wrong labels",
     "noise-kind": lambda value: value,
     "t-val": lambda value: f"T_val {value}",
-    "lr": lambda value: f"lr {value}",
 }
 
 

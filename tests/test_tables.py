@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cells import Cell, cells_of
-from cluster import build_executor
 from methods import GRIDS, METHODS
 from PIL import Image
 from race import CellRun, Race
@@ -298,13 +297,20 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "untuned", "--only", "cosine (constant)", "--set", "lr=0.3"], "--set lr: the method 'cosine (const"),
     (["--table", "own", "--more-seeds", "fixed"], "--more-seeds fixed: give NAME=VALUE"),
     (["--table", "own", "--more-seeds", "fixed=3"], "--more-seeds 3: must be at least 4"),
-    (["--table", "own", "--only", "cosine", "--more-seeds", "fixed=4"], "--more-seeds fixed: own does not run it"),
-    (["--table", "untuned", "--more-seeds", "cosine 0.1=4"], "--more-seeds cosine 0.1: untuned does not run it"),
+    (["--table", "own", "--only", "cosine", "--more-seeds", "fixed=4"], "--more-seeds fixed: choose one of the met"),
+    (["--table", "untuned", "--more-seeds", "cosine 0.1=4"], "--more-seeds cosine 0.1: choose one"),
     (["--table", "own", "--target", "nan"], "--target: nan: must be at least 0"),
     (["--table", "own", "--only", "nothing"], "invalid choice: 'nothing'"),
+    (["--table", "own", "--highlight", "adam+val"], "--highlight adam+val: the table does not run it"),
+    (["--table", "untuned", "--set", "tokens=bpe"], "--set makes two lines of the table one"),
+    (["--table", "untuned", "--set", "limit-train=abc"], "--set limit-train: 'abc' is not a number"),
+    (["--table", "untuned", "--set", "momentum=abc"], "--set momentum: 'abc' is not a number"),
+    (["--table", "epochs", "--set", "text-root=x"], "--set text-root: leave it out"),
+    (["--table", "untuned", "--set", "text-root=x", "data-root=y"], "--set text-root: leave it out beside data-root"),
     (["--table", "own", "--slurm-option", "partition=x"], "--slurm-option belongs to --slurm"),
     (["--table", "own", "--slurm", "--jobs", "2"], "--jobs is for one machine"),
     (["--table", "own", "--slurm", "--slurm-option", "x"], "--slurm-option x: give NAME=VALUE"),
+    (["--render", "nowhere", "--target", "90"], "leave --table, --open, --highlight and --target out"),
     (["--render", "nowhere"], "nowhere: has no runs.jsonl; give the folder of a result"),
     (["--table", "own", "--out", ""], "--out: an empty path; give a folder"),
     (["--table", "own", "--out", "x" * 300], "File name too long"),
@@ -398,52 +404,3 @@ def test_slurm_without_submitit_is_one_line(tables, tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit) as exit:
         tables.main(["--table", "epochs", "--preset", "smoke", "--slurm", "--out", str(tmp_path)])
     assert exit.value.code == 2 and "pip install submitit" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"cluster": "moon"}, "cluster=moon: choose slurm, or local"),
-    ({"cluster": "local", "partitoin": "x"}, "partitoin"),
-    ({"cluster": "local", "cpus_per_task": "x"}, "cpus_per_task"),
-])
-def test_bad_slurm_options_are_one_line(tmp_path, options, message):
-    pytest.importorskip("submitit")
-    with pytest.raises(ValueError, match=message):
-        build_executor(tmp_path, options)
-
-
-def test_slurm_options_reach_the_batch_script(tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
-    for name, text in (("srun", ""), ("sbatch", "echo Submitted batch job 7")):  # stand in for a cluster's commands
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", "")
-    executor = build_executor(tmp_path / "jobs", {"partition": "short", "gpus_per_node": "1", "timeout_min": "30"})
-    executor.submit(CellRun("name", ["script.py"], tmp_path / "run", threads=1, num_epochs=1))
-    (script,) = (tmp_path / "jobs").glob("*_submission.sh")
-    lines = script.read_text().splitlines()
-    for line in ("--partition=short", "--gpus-per-node=1", "--time=30", "--signal=USR2@90"):
-        assert f"#SBATCH {line}" in lines
-
-
-@pytest.mark.slow
-def test_a_job_near_its_time_limit_stops_at_a_checkpoint_and_a_new_one_resumes(tmp_path):
-    pytest.importorskip("submitit")
-    arguments = ["--table", "cifar10-resnet", "--preset", "smoke", "--seeds", "1", "--only", "fixed"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments, "--set", "num-epoch=8", "--out", str(tmp_path), "--slurm",
-         "--slurm-option", "cluster=local"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
-    runs = tmp_path / "cifar10-resnet-smoke" / "runs"
-    wait_for(lambda: list(runs.glob("*/metrics.csv")))
-    (run,) = runs.iterdir()
-    (log,) = (tmp_path / "cifar10-resnet-smoke" / "jobs").glob("*_log.out")
-    controller = log.name.split("_")[0]
-    job = int(Path(f"/proc/{controller}/task/{controller}/children").read_text())
-    os.kill(job, signal.SIGUSR2)  # as Slurm does near the time limit
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    epochs = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()[1:]]
-    assert epochs == [str(epoch) for epoch in range(1, 9)]
-    assert "Requeued" in log.read_text()

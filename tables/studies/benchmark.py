@@ -347,14 +347,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of the result (default: result/benchmark beside the studies)")
     add("--seed", type=number(int, 0), default=0, help="seed of the weights and of the data order (default: 0)")
     add("--memory-of", choices=STEPS, help=argparse.SUPPRESS)  # what a fresh process is asked for
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.only = list(dict.fromkeys(args.only or MEASUREMENTS))
+    return args
 
 
 def measure(setting: Setting, command: str) -> None:
     """Take every measurement that is asked for; all files are written anew after each."""
     args, rows = setting.args, []
     header = {"study": "benchmark", **provenance(args), "command": command, "device": setting.device.type, "how": {}}
-    for name in args.only or MEASUREMENTS:
+    for name in args.only:
         print(f"measuring {name}", file=sys.stderr)
         how, numbers = MEASUREMENTS[name](setting)
         header["how"][name] = f"{how} Rounds: {rounds_of(name, args)}."

@@ -213,10 +213,10 @@ RULES: dict[str, Callable[[Case, float], float]] = {  # of the case and log2 c
     "the guess": lambda case, c: case.guess,
     "c · range test": lambda case, c: case.range_rate + c,
     "c · best of four trials about the guess": lambda case, c: case.trial_rate(c) + c,
-    "the function's: median of the guess and these two, with its c":
+    "median of the guess and these two, c per optimizer": median_of_three,
+    "the function's: this median with its own c":
         lambda case, c: median_of_three(case, math.log2(case.problem.factor)),
 }
-PER_OPTIMIZER = "c per optimizer"  # whose c is fitted on the problems of the optimizer only
 
 Estimate = tuple[Case, float]  # and the rate that a rule, or the function, gives it
 
@@ -239,12 +239,12 @@ def fitted(rule: Callable[[Case, float], float], cases: list[Case]) -> float:
 
 
 def estimates_of(name: str, cases: list[Case]) -> list[Estimate]:
-    """The rule's rate for every case, its constant fitted on the other problems."""
+    """The rule's rate for every case, its constant fitted on the other problems, or on those of the same optimizer."""
     rates = {(case, c): RULES[name](case, c) for case in cases for c in FACTORS}
     estimates = []
     for problem in dict.fromkeys(case.problem for case in cases):
         others = [case for case in cases if case.problem != problem and (
-            name != PER_OPTIMIZER or FAMILY[case.problem.optimizer] == FAMILY[problem.optimizer])]
+            "per optimizer" not in name or FAMILY[case.problem.optimizer] == FAMILY[problem.optimizer])]
         c = fitted(lambda case, c: rates[case, c], others or cases)
         estimates += [(case, rates[case, c]) for case in cases if case.problem == problem]
     return estimates
@@ -327,7 +327,7 @@ def render(folder: Path) -> None:
         *markdown([["", *COLUMNS[1:]], ["measure_lr_scale", *quality(judged)[1:]],
                    ["the usual rate", *quality(usual)[1:]]]), "## The rules", "",
         f"On the traces of {len(cases)} problems, lengths and seeds, with trials a factor of 2 apart; c is fitted on "
-        "all other problems.", "",
+        "all other problems, but for the function's own, which was chosen on these.", "",
         *markdown([["rule", *COLUMNS], *([name, *quality(estimates_of(name, cases))] for name in RULES)]),
         f"c of the median that fits all problems of an optimizer best: {', '.join(sorted(fits))}.", "",
     ]
@@ -339,7 +339,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data-root", type=Path, required=True, help="folder with cifar10 and the texts")
-    add("--out", type=Path, default=SCRIPT.parents[1] / "results" / "calibration", help="folder of the result")
+    add("--out", type=Path, default=SCRIPT.parents[1] / "result" / "calibration",
+        help="folder of the result, whose runs are not run again (default: result/calibration beside the studies)")
     add("--only", default="", help="problems whose name contains this (default: all)")
     return parser.parse_args(argv)
 
