@@ -6,6 +6,7 @@ squared gradient norm along a run, min_t E‖∇f(w_t)‖², whose best known ra
 """
 
 import argparse
+import bisect
 import math
 import shlex
 import sys
@@ -70,7 +71,8 @@ class Shipped:
             nets = load_schedules(self.name)
             self.steps = [torch.vmap(net) for net in nets]
             self.states = nets[0].initial_state().expand(len(losses), -1, -1, -1)
-        phase = min(step * len(self.steps) // num_steps, len(self.steps) - 1)
+        number = len(self.steps)
+        phase = bisect.bisect_right([place * num_steps // number for place in range(1, number)], step)
         fractions, self.states = self.steps[phase](losses.float(), self.states)
         remaining = 1 - step / num_steps
         return fractions.double() * (min(1.0, remaining / self.cooldown) if self.cooldown else 1.0)
