@@ -21,6 +21,7 @@ STREAMED = ("tinyimagenet", "imagenet")  # read from disk by worker processes; t
 PUBLISHED_CORRUPTED = {"cifar10-c": 100, "cifar100-c": 1000}  # with the number of clean images for the meta set
 IMAGE_FILES = ("folder", *STREAMED)  # one file per image
 TEXTS = {"ptb": ptb, "text": text_folder, "pydoc": pydoc}
+TOKENS = ["word", "char"]  # the units of a text
 DATASETS = [*IMAGES, *TEXTS]
 PREDICTIONS = ["class", *PREDICTED]
 
@@ -41,9 +42,23 @@ def build_task(
     ValueError for data that are not available.
     """
     if name in TEXTS:
+        for_images = {
+            "image_size": image_size, "workers": workers, "skip_bad_images": skip_bad_images or None,
+            "corruption": corruption, "severity": severity, "label_noise": label_noise, "noise_kind": noise_kind,
+            "predict": None if predict == "class" else predict,
+        }
+        for option, value in for_images.items():
+            if value is not None:
+                raise ValueError(f"{option} {value}: is for images; leave it out for {name}")
+        if tokens not in TOKENS:
+            raise ValueError(f"tokens {tokens!r}: choose from {', '.join(TOKENS)}")
         return TextTask(TEXTS[name](root, tokens), **options)
     if name not in IMAGES:
         raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")
+    if tokens != "word":
+        raise ValueError(f"tokens {tokens}: is for texts; leave it out for {name}")
+    if predict not in PREDICTIONS:
+        raise ValueError(f"predict {predict!r}: choose from {', '.join(PREDICTIONS)}")
     if corruption is None and severity is not None:
         raise ValueError("severity belongs to corruption; leave it out")
     if label_noise is None and noise_kind is not None:

@@ -1,12 +1,15 @@
 """Reading image files: every format as RGB, bad files by name, and class folders."""
 
 import errno
+import hashlib
 import os
 import stat
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +138,19 @@ def train_and_test(root: Path, test: str) -> tuple[list[str], Samples, Samples]:
     if different := ", ".join(map(ascii, sorted(set(classes) ^ set(others))[:MOST_REPORTED])):
         raise ValueError(f"{root}: train and {test} have different class folders ({different}); make them the same")
     return classes, train, tested
+
+
+@contextmanager
+def downloading(root: Path) -> Iterator[None]:
+    """Waits while another process of this machine looks for files under root, and downloads what is missing there."""
+    name = hashlib.sha256(str(root.absolute()).encode(errors="surrogateescape")).hexdigest()[:16]
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):  # Windows has no such locks, and the file may be another user's
+            import fcntl
+
+            lock = stack.enter_context(open(Path(tempfile.gettempdir(), f"mlr-snet-{name}.lock"), "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def state_in(root: Path, files: str) -> str:

@@ -171,7 +171,11 @@ class ImageTask:
             available = len(self.train_indices)
             if not 1 <= limit_train <= available:
                 raise ValueError(f"limit_train {limit_train}: must be from 1 to {available}, the images available")
+            number = len(labels[self.train_indices].unique())
             self.train_indices = balanced_sample(labels, self.train_indices, limit_train, generator)
+            lost = number - len(labels[self.train_indices].unique())
+            if lost and self.metric == "acc":
+                say(f"limit_train {limit_train}: leaves no training image of {lost} of {number} classes")
         self.test_indices = torch.arange(len(test_labels))
         if limit_test is not None:
             self.test_indices = balanced_sample(test_labels, self.test_indices, limit_test, generator_for(0, 2))

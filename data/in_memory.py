@@ -16,7 +16,7 @@ from utils import check_memory, first_line
 
 from .cache import say
 from .corruption import read_cifar_c
-from .files import class_folders, decode, state_in, train_and_test
+from .files import class_folders, decode, downloading, state_in, train_and_test
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 
@@ -123,7 +123,8 @@ def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
 def _from_torchvision(name: str, files: str, make: Callable[[bool], Any], root: Path) -> tuple[Any, Any]:
     """The training and the test set, downloaded and checked by torchvision if they are not in root."""
     try:
-        return make(True), make(False)
+        with downloading(root):
+            return make(True), make(False)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name}: {state_in(root, files)}, and could not be downloaded ({first_line(error)}); "

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from utils import first_line, shard
 
 from .corruption import Corruption
-from .files import ImageFileError, Samples, class_folders, read_image, readable, state_in, train_and_test
+from .files import (
+    ImageFileError,
+    Samples,
+    class_folders,
+    downloading,
+    read_image,
+    readable,
+    state_in,
+    train_and_test,
+)
 from .images import Plan
 from .sampling import generator_for
 
@@ -97,8 +107,11 @@ class StreamedSplit(Dataset):
         """Names, sizes and classes of the files: reading them all would take too long."""
         folder = os.path.commonpath([path for path, _ in self.samples])
         for path, label in self.samples:
-            name = os.path.relpath(path, folder)
-            digest.update(f"{name} {os.path.getsize(path)} {label}\n".encode(errors="surrogateescape"))
+            try:
+                size = os.path.getsize(path)
+            except OSError as error:
+                raise ImageFileError(path, first_line(error)) from None
+            digest.update(f"{os.path.relpath(path, folder)} {size} {label}\n".encode(errors="surrogateescape"))
         digest.update(self.labels.cpu().numpy())  # with their noise
         if self.corruption is not None:
             digest.update(str(self.corruption).encode())
@@ -154,12 +167,16 @@ def imagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_images: 
 def tinyimagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> StreamedData:
     """Stanford's tiny-imagenet-200 of 64×64 pixels under root, downloaded if missing; the test split is its val."""
     folder, size = root / "tiny-imagenet-200", image_size or 64
-    if not folder.is_dir():
-        try:
-            download_and_extract_archive(TINY_URL, str(root), md5=TINY_MD5)
-        except (OSError, RuntimeError) as error:
-            state = state_in(root, f"{folder.name}.zip")
-            raise ValueError(f"tinyimagenet: {state}, and could not be downloaded ({first_line(error)})") from None
+    try:
+        with downloading(root):
+            if not folder.is_dir():
+                root.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as place:  # whole, or not at all
+                    download_and_extract_archive(TINY_URL, str(root), place, md5=TINY_MD5)
+                    Path(place, folder.name).rename(folder)
+    except (OSError, RuntimeError) as error:
+        state = state_in(root, f"{folder.name}.zip")
+        raise ValueError(f"tinyimagenet: {state}, and could not be downloaded ({first_line(error)})") from None
     classes, train = class_folders(folder / "train")
     test = _annotated(folder / "val", classes)
     if skip_bad_images:

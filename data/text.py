@@ -19,6 +19,7 @@ from torchvision.datasets.utils import check_md5, download_url
 from utils import Hidden, all_reduce_sum, first_line, shard, world_size
 
 from .cache import say
+from .files import downloading, state_in
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -92,22 +93,25 @@ def text_folder(root: Path, tokens: str) -> TextData:
 
 def ptb(root: Path, tokens: str) -> TextData:
     """Mikolov's Penn Treebank: ptb.train.txt or train.txt etc. in root or root/ptb; downloaded if missing."""
-    return encode({split: read(_ptb_file(root, split), tokens) for split in SPLITS})
+    with downloading(root):
+        files = {split: _ptb_file(root, split) for split in SPLITS}
+    return encode({split: read(path, tokens) for split, path in files.items()})
 
 
 def _ptb_file(root: Path, split: str) -> Path:
     published, short = f"ptb.{split}.txt", f"{split}.txt"
     downloaded = root / "ptb" / published
-    for path in (root / published, root / short, downloaded, root / "ptb" / short):
+    for path in (root / published, root / short, root / "ptb" / short):
         if path.is_file():
             if not check_md5(str(path), PTB_MD5[split]):
                 say(f"{path}: not the Penn Treebank of the paper (its md5 differs)")
             return path
-    try:
+    try:  # also over what an interrupted download has left
         download_url(f"{PTB_URL}/{published}", str(root / "ptb"), published, PTB_MD5[split])
     except (OSError, RuntimeError) as error:
+        state = state_in(root / "ptb", published) if downloaded.exists() else f"{published} not in {root}"
         raise ValueError(
-            f"ptb: {published} not in {root} and could not be downloaded ({first_line(error)}); "
+            f"ptb: {state}, and could not be downloaded ({first_line(error)}); "
             "put it there, or try dataset pydoc, which needs no download"
         ) from None
     return downloaded
@@ -223,9 +227,10 @@ class TextTask:
             splits[split] = splits[split][: limit + 1]
         for split, columns in (("train", batch_size), ("valid", batch_size), ("test", evaluation_columns)):
             if len(splits[split]) - 1 < columns * seq_len:
+                sizes = "seq_len" if split == "test" else "batch_size or seq_len"
                 raise ValueError(
                     f"the {split} text has {len(splits[split]) - 1} tokens, fewer than one batch of {columns} "
-                    f"sequences of {seq_len}; lower batch_size or seq_len"
+                    f"sequences of {seq_len}; lower {sizes}, or give more text"
                 )
         self.train = Columns(splits["train"], batch_size, seq_len, device)
         self.meta = Columns(splits["valid"], batch_size, seq_len, device)

@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
+from data.meta_stream import epoch_changes
 from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules
 from training.arguments import net_files
 from training.command_line import number, number_or, show_safely, user_errors
@@ -50,15 +52,18 @@ def follow(nets: list[MLRSNet], losses: Tensor, args: argparse.Namespace) -> Run
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)
     optimizer = torch.optim.SGD([weight], lr=1.0)
+    epochs = SimpleNamespace(steps_per_epoch=args.steps_per_epoch)
     schedule = MLRSNetLR(
-        optimizer, nets, len(losses), num_classes=args.num_classes, perplexity=args.perplexity, gamma=args.gamma
+        optimizer, nets, len(losses), num_classes=args.num_classes, perplexity=args.perplexity, gamma=args.gamma,
+        changes=epoch_changes(epochs, len(losses) // args.steps_per_epoch, len(nets)), warmup=args.warmup,
+        cooldown=args.cooldown,
     )
     fractions, rates = [], []
     for loss in losses:
         schedule.step(loss)
         optimizer.step()
         rates.append(float(schedule.get_last_lr()[0]))
-        fractions.append(rates[-1] / schedule.gamma)
+        fractions.append(float(schedule.fraction))
     return Run(losses, torch.tensor(fractions), torch.tensor(rates))
 
 
@@ -74,9 +79,9 @@ def reaction(nets: list[MLRSNet], run: Run, args: argparse.Namespace) -> float:
     return min(1.0, float((run.fractions.log() - blind.fractions.log()).var(correction=0) / whole))
 
 
-def read_losses(path: Path, steps_per_epoch: int, perplexity: bool) -> Tensor:
-    """The training losses of a run's metrics.csv, each for all steps of its epoch. ValueError for another file, and
-    for a run of text without `perplexity` or one of images with it.
+def read_losses(path: Path, args: argparse.Namespace) -> Tensor:
+    """The training losses of a run's metrics.csv, each for all steps of its epoch. ValueError for another file, for a
+    run of text without --perplexity or one of images with it, and for a regression without a number for γ.
     """
     path = path / "metrics.csv" if path.is_dir() else path
     try:
@@ -85,12 +90,16 @@ def read_losses(path: Path, steps_per_epoch: int, perplexity: bool) -> Tensor:
         losses = [float(row["train_loss"]) for row in rows]
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"--losses {path}: not the metrics.csv of a run ({type(error).__name__}: {error})") from None
+    if [row.get("epoch") for row in rows] != [str(number) for number in range(1, len(rows) + 1)]:
+        raise ValueError(f"--losses {path}: holds other epochs than 1, 2, 3 … of one run")
     if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
         raise ValueError(f"--losses {path}: needs positive and finite training losses")
-    if perplexity != ("train_ppl" in rows[0]):
-        kind, advice = ("images", "leave out --perplexity") if perplexity else ("text", "give --perplexity, too")
+    if args.gamma == "auto" and "train_r2" in rows[0]:
+        raise ValueError(f"--losses {path}: a regression, for which the formula of γ is not made; give --gamma NUMBER")
+    if args.perplexity != ("train_ppl" in rows[0]):
+        kind, advice = ("images", "leave out --perplexity") if args.perplexity else ("text", "give --perplexity, too")
         raise ValueError(f"--losses {path}: a run of {kind}; {advice}")
-    return torch.tensor(losses).repeat_interleave(steps_per_epoch)
+    return torch.tensor(losses).repeat_interleave(args.steps_per_epoch)
 
 
 def steps_per_epoch_of(run: Path | None) -> int:
@@ -102,6 +111,27 @@ def steps_per_epoch_of(run: Path | None) -> int:
         return number(int, 1, 10**6)(str(json.loads(path.read_text())["steps_per_epoch"]))
     except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path}: not the costs of a run ({type(error).__name__})") from None
+
+
+def take_settings(args: argparse.Namespace) -> None:
+    """Take warm-up, cool-down and, where it was a number or measured, γ from the folder of the run of --losses.
+
+    ValueError for a damaged file there.
+    """
+    args.warmup = args.cooldown = 0.0
+    folder = args.losses if not args.losses or args.losses.is_dir() else args.losses.parent
+    if not folder or not (folder / "args.json").exists():
+        return
+    try:
+        flags = json.loads((folder / "args.json").read_text())["arguments"]
+        args.warmup, args.cooldown = float(flags["warmup"]), float(flags["cooldown"])
+        measured = folder / "lr_scale.json"
+        if args.gamma == "auto" and measured.exists():
+            args.gamma = 2 * float(json.loads(measured.read_text())["scale"])
+        elif args.gamma == "auto" and flags["gamma"] not in ("auto", "paper"):
+            args.gamma = float(flags["gamma"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: args.json or lr_scale.json is damaged ({type(error).__name__})") from None
 
 
 def decaying_losses(first: float, last: float, num_epochs: int, steps_per_epoch: int) -> Tensor:
@@ -163,8 +193,9 @@ def main(argv: list[str] | None = None) -> int:
         names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
         if args.steps_per_epoch is None:
             args.steps_per_epoch = steps_per_epoch_of(args.losses)
+        take_settings(args)
         if args.losses:
-            losses = read_losses(args.losses, args.steps_per_epoch, args.perplexity)
+            losses = read_losses(args.losses, args)
         else:
             first, last = args.decay
             losses = decaying_losses(first, last, args.num_epoch, args.steps_per_epoch)
@@ -180,7 +211,10 @@ def main(argv: list[str] | None = None) -> int:
     share = reaction(nets, run, args)
     gammas = run.rates / run.fractions
     first, last = (f"{run.fractions[place]:.3f} · {gammas[place]:.3g} = {run.rates[place]:.4g}" for place in (0, -1))
-    print(f"along the run: fraction · γ = learning rate: first {first}, last {last}")
+    print(f"along the run: fraction · γ·e = learning rate: first {first}, last {last}")
+    if args.gamma == "auto":
+        print(f"γ is the formula's for these losses and {args.num_classes} classes; a run takes it from a mean loss in "
+              "eval mode, so that its own rates differ")
     print(f"the fraction moves between {run.fractions.min():.3f} and {run.fractions.max():.3f}")
     print(f"reaction to the loss: {100 * share:.1f} % of the variance of its logarithm; the rest is settling and the "
           "change of nets")

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import threading
 import urllib.error
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from test_files import write_class_folder
 
 import utils
 from data import build_task
+from data.files import downloading
 
 
 def digits_task(**options):
@@ -64,6 +66,37 @@ def test_data_that_are_not_available_are_one_clear_line(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             build_task(name, tmp_path, seed=0, batch_size=4, device=torch.device("cpu"))
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_classes_that_a_limit_leaves_without_a_training_image_are_told(capsys):
+    build_task("digits", Path(), batch_size=5, limit_train=7, device=torch.device("cpu"))
+    assert "limit_train 7: leaves no training image of 3 of 10 classes" in capsys.readouterr().err
+    build_task("digits", Path(), batch_size=5, limit_train=10, device=torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "option", "value"), [
+    ("pydoc", "corruption", "contrast"), ("pydoc", "label_noise", 0.1), ("pydoc", "image_size", 8),
+    ("pydoc", "workers", 2), ("pydoc", "predict", "angle"), ("pydoc", "tokens", "bytes"), ("digits", "tokens", "char"),
+    ("digits", "predict", "nonsense"),
+])
+def test_options_of_another_modality_or_unknown_ones_are_refused(name, option, value):
+    with pytest.raises(ValueError, match=f"{option} .*: (is for|choose from)"):
+        build_task(name, Path(), batch_size=5, device=torch.device("cpu"), **{option: value})
+
+
+def test_processes_that_look_for_the_same_files_take_turns(tmp_path):
+    has_entered = threading.Event()
+
+    def enter():
+        with downloading(tmp_path):
+            has_entered.set()
+
+    with downloading(tmp_path):
+        other = threading.Thread(target=enter)
+        other.start()
+        assert not has_entered.wait(0.3)
+    assert has_entered.wait(30)
 
 
 @pytest.mark.parametrize(("name", "size"), [("folder", 10_000_000), ("digits", 1_000_000)])

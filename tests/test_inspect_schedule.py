@@ -1,10 +1,11 @@
 """What inspect-schedule.py says of the shipped nets, and of a net made by hand that does react to the loss."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
-from test_scripts import ROOT, call
+from test_scripts import META_TEST, ROOT, SMALL, call
 
 from mlr_snet import MLRSNet
 
@@ -63,10 +64,25 @@ def test_the_losses_of_a_run_are_read_and_another_file_is_refused(tmp_path, caps
     done, printed = inspect(capsys, "--losses", tmp_path, "--steps-per-epoch", "5", "--out", tmp_path / "run.png")
     assert done.returncode == 0 and "learning rate" in printed
     for text in ("epoch,lr\n1,0.1\n", "epoch,lr,train_loss\n1,0.1,2.0\n2,0.1\n",
-                 "epoch,lr,train_loss,train_ppl\n1,0.1,2.0,7.4\n"):  # the last is of a text
+                 "epoch,lr,train_loss\n1,0.1,2.0\n1,0.1,2.0\n",  # two runs
+                 "epoch,lr,train_loss,train_r2\n1,0.1,2.0,5\n",  # a regression, without a number for γ
+                 "epoch,lr,train_loss,train_ppl\n1,0.1,2.0,7.4\n"):  # a text
         metrics.write_text(text)
         done, _ = inspect(capsys, "--losses", metrics, "--out", tmp_path / "run.png")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "metrics.csv" in done.stderr
+
+
+@pytest.mark.parametrize("more", [["--gamma", "0.05"], ["--momentum", "0.9"]])
+def test_the_rates_along_a_run_are_those_of_the_run(tmp_path, capsys, more):
+    words = [*SMALL, "--num-epoch", "6", "--nets", "paper", "--warmup", "0.2", "--cooldown", "0.5", *more]
+    assert call(capsys, META_TEST, *words, "--out", tmp_path).returncode == 0
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    _, printed = inspect(capsys, "--losses", tmp_path, "--out", tmp_path / "run.png")
+    (line,) = [line for line in printed.splitlines() if line.startswith("along the run")]
+    last = float(line.split(" = ")[-1])
+    steps = json.loads((tmp_path / "cost.json").read_text())["steps_per_epoch"]
+    share = 2 / (steps + 1)  # of the last step's cool-down in the mean of the last epoch's
+    assert last == pytest.approx(share * float(rows[-1].split(",")[1]), rel=0.05)
 
 
 def test_the_length_of_an_epoch_is_that_of_the_run(tmp_path):

@@ -44,6 +44,12 @@ def test_a_run_with_the_measured_scale_equals_one_that_is_given_the_number(tmp_p
 SHORT_TEXT = [*TEXT, "--num-epoch", "2", "--limit-train", "4000", "--limit-test", "500"]
 
 
+def test_a_batch_of_one_image_is_named_while_measuring(tmp_path, capsys):
+    words = ["--network", "resnet", "--dataset", "digits", "--limit-train", "1", "--num-epoch", "1"]
+    done = call(capsys, META_TEST, *words, "--momentum", "0.9", "--out", tmp_path)
+    assert done.returncode == 2 and "batch of one image; change --batch-size" in done.stderr
+
+
 @pytest.mark.parametrize("modality", [SHORT, SHORT_TEXT])
 def test_a_baseline_starts_at_the_measured_rate(tmp_path, capsys, modality):
     done = call(capsys, META_TEST, *modality, "--schedule", "fixed", "--lr", "measured", "--out", tmp_path / "run")

@@ -17,6 +17,7 @@ from test_scripts import META_TEST, META_TRAIN, call, results
 
 import data.streamed
 from data import build_task
+from data.files import ImageFileError
 from data.streamed import tinyimagenet
 
 
@@ -88,6 +89,29 @@ def test_the_annotations_of_tinyimagenet_name_the_classes_of_its_test_images(str
     read = tinyimagenet(streamed_roots["tinyimagenet"], None, 0)
     assert [label for _, label in read.test] == [int(Path(file).stem[4:]) % 3 for file, _ in read.test]
     assert read.num_classes == 3 and len(read.test) == 12
+
+
+def test_tinyimagenet_is_unpacked_whole_or_not_at_all(streamed_roots, tmp_path, monkeypatch):
+    def unpack(url, root, extract_root, md5):
+        shutil.copytree(streamed_roots["tinyimagenet"] / "tiny-imagenet-200", Path(extract_root, "tiny-imagenet-200"))
+        if not (tmp_path / "second").exists():
+            (tmp_path / "second").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.streamed, "download_and_extract_archive", unpack)
+    with pytest.raises(KeyboardInterrupt):
+        tinyimagenet(tmp_path / "root", None, 0)
+    assert list((tmp_path / "root").iterdir()) == []
+    assert len(tinyimagenet(tmp_path / "root", None, 0).train) == 27
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["tiny-imagenet-200"]
+
+
+def test_an_annotated_image_that_is_missing_is_named(streamed_roots, tmp_path):
+    shutil.copytree(streamed_roots["tinyimagenet"], tmp_path / "root")
+    (tmp_path / "root" / "tiny-imagenet-200" / "val" / "images" / "val_0.JPEG").unlink()
+    task = build_task("tinyimagenet", tmp_path / "root", batch_size=4, device=torch.device("cpu"))
+    with pytest.raises(ImageFileError, match="val_0.JPEG: .*No such file"):
+        task.fingerprint()
 
 
 def test_a_run_is_resumed_with_another_number_of_workers(streamed_roots, tmp_path, capsys):

@@ -234,6 +234,8 @@ def test_penn_treebank_files_are_found_under_either_name_or_downloaded_with_thei
     monkeypatch.setattr(data.text, "download_url", download)
     data.text.ptb(tmp_path / "there", "word")
     assert asked == [(f"ptb.{split}.txt", md5) for split, md5 in data.text.PTB_MD5.items()]
+    data.text.ptb(tmp_path / "there", "word")  # as an interrupted download leaves them
+    assert asked[3:] == asked[:3]
 
 
 def refuse_download(*args):

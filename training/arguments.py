@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data import DATASETS, IMAGES, PREDICTIONS, PUBLISHED_CORRUPTED, TEXTS
+from data import DATASETS, IMAGES, PREDICTIONS, PUBLISHED_CORRUPTED, TEXTS, TOKENS
 from data.corruption import CORRUPTIONS, NOISE_KINDS
 from mlr_snet import SHIPPED
 from models import IMAGE_NETWORKS, LANGUAGE_MODELS, NETWORKS
@@ -78,7 +78,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
         help="wrong labels: uniform (any), flip (one for each class) or flip2 (one of two) (default: uniform)")
     add("--predict", choices=PREDICTIONS, metavar="WHAT",
         help="class, angle (by which an image was turned) or noise (that was added to it) (default: class)")
-    add("--tokens", choices=["word", "char"], metavar="UNIT", help="unit of the text: word or char (default: word)")
+    add("--tokens", choices=TOKENS, metavar="UNIT", help="unit of the text: word or char (default: word)")
     add("--seq-len", "--seq_len", type=positive, metavar="N", help="tokens per sequence (default: 35)")
 
     add = parser.add_argument_group("network and optimizer").add_argument

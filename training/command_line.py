@@ -191,6 +191,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
+def is_batch_of_one(error: BaseException) -> bool:
+    """Whether BatchNorm was to train on a single value per channel: torch's own words, since it has no class for it."""
+    return isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
+
+
+BATCH_OF_ONE = "BatchNorm cannot train on a batch of one image; change batch_size, num_meta or limit_train"
+
+
 def end_with_launcher() -> None:
     """Under torchrun on Linux: be stopped by SIGTERM when the launcher ends, so that no rank stays behind."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or sys.platform != "linux":

@@ -14,7 +14,7 @@ from data.files import ImageFileError
 from data.meta_stream import TrainStream
 from mlr_snet import Task, has_paper_scale
 from mlr_snet_scale import MeasuredScale, Trial, measure_lr_scale
-from training.command_line import is_out_of_memory
+from training.command_line import BATCH_OF_ONE, in_flags, is_batch_of_one, is_out_of_memory
 from training.pictures import draw_scale
 from utils import averaged_gradients, first_line, is_lost_rank, rank, write_atomically
 
@@ -77,10 +77,13 @@ def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer:
                 network, optimizer, TrainStream(task, network), num_steps, task.clip,
                 num_classes=task.num_classes, perplexity=task.perplexity,
             )
-    except (ImageFileError, OSError, RuntimeError) as error:  # on this rank only; the others wait in a collective
-        if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_rank(error)):
+    except (ValueError, OSError, RuntimeError) as error:  # on this rank only; the others wait in a collective
+        lost = isinstance(error, RuntimeError) and is_lost_rank(error)
+        is_single = is_batch_of_one(error)
+        if not (lost or is_single or isinstance(error, (ImageFileError, OSError)) or is_out_of_memory(error)):
             raise
-        print(f"error: the LR scale could not be measured ({first_line(error)})", file=sys.stderr)
+        cause = BATCH_OF_ONE if is_single else first_line(error)
+        print(f"error: the LR scale could not be measured ({in_flags(cause, vars(args))})", file=sys.stderr)
         sys.exit(2)
     seconds = time.perf_counter() - start
     if result.refusal and rank() == 0:

@@ -24,7 +24,7 @@ from mlr_snet_optim.average import Average
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
 from training.checkpoint import Checkpoint
-from training.command_line import in_flags, is_out_of_memory
+from training.command_line import BATCH_OF_ONE, in_flags, is_batch_of_one, is_out_of_memory
 from training.folder import Cost, FolderLock, Metrics, contents, provenance
 from training.log import Log
 from training.measuring import Measurement
@@ -43,7 +43,6 @@ from utils import (
 )
 
 BEFORE_CHECKPOINT = ("args.json", "lr_scale.json", "lr_scale.png")  # what a run writes before its first checkpoint
-ONE_IMAGE = "more than 1 value per channel"  # torch's own words, since it has no class for this error
 FETCH_EVERY = 50  # steps between the moments in which an accelerator's numbers come to the host
 
 
@@ -204,10 +203,10 @@ class Trainer:
         if isinstance(error, FloatingPointError):
             return f"diverged: {error}"
         if isinstance(error, (OSError, RanksDiffer, ImageFileError)):
-            return f"error: {in_flags(' '.join(str(error).split()), vars(self.args))}"
-        if isinstance(error, ValueError) and ONE_IMAGE in str(error):
-            return ("error: BatchNorm cannot train on a batch of one image; change --batch-size, --num-meta or "
-                    "--limit-train")
+            advice = ", and start a new run" if isinstance(error, ImageFileError) else ""
+            return f"error: {in_flags(' '.join(str(error).split()), vars(self.args))}{advice}"
+        if is_batch_of_one(error):
+            return f"error: {in_flags(BATCH_OF_ONE, vars(self.args))}"
         if is_out_of_memory(error):
             return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
         if isinstance(error, RuntimeError) and is_lost_rank(error):
