@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from mlr_snet_optim.average import Average
 from mlr_snet_optim.directions import NOT_AFFINE, Update, check_affine, descend, update_directions
 from mlr_snet_optim.loop import LoopWatch, before_update, check_arrived, check_state, is_registered, unwrapped
-from mlr_snet_optim.ranks import all_reduce_mean, mean_over_ranks, num_ranks, on_host
+from mlr_snet_optim.ranks import all_reduce_mean, check_count, mean_over_ranks, num_ranks, on_host
 from mlr_snet_optim.rates import Ratios, copied_rates, driven_groups, lr_ratios, set_lr, settled_ratios, unshare_rates
 from mlr_snet_optim.restoring import is_sharded, parameters_of, preserved, preserved_modules, whole, without_gradients
 
@@ -172,7 +171,7 @@ def lr_scale(loss: float, num_classes: int) -> float:
     Raises ScaleError where L is not positive and finite, ValueError where C is not a whole number of at least 1.
     Source: the authors' meta_train.py and meta_test.py.
     """
-    _check_count("num_classes", num_classes)
+    check_count("num_classes", num_classes)
     if not (math.isfinite(loss) and loss > 0):
         raise ScaleError(f"the formula of the LR scale needs a positive and finite loss, got {loss}; {_GIVE_A_NUMBER}")
     # Deviation: the floor of 1. Without it γ crosses zero at L = 1/C and training stops there.
@@ -190,12 +189,6 @@ def has_paper_scale(optimizer: Optimizer) -> bool:
 
 def _is_scale(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _check_count(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} {value!r}: give a whole number of at least {least}")
-    return int(value)
 
 
 # ---------------------------------------------------------------------------------------------- the hypergradient
@@ -339,7 +332,7 @@ class MLRSNetLR:
         if isinstance(nets, (str, Path, MLRSNet)):
             nets = [nets] if isinstance(nets, MLRSNet) else load_schedules(nets)
         self.optimizer, self.nets = unwrapped(optimizer), list(nets)
-        self.num_steps = _check_count("num_steps", num_steps)
+        self.num_steps = check_count("num_steps", num_steps)
         if isinstance(self.optimizer, torch.optim.Rprop):
             raise TypeError(f"Rprop {NOT_AFFINE[torch.optim.Rprop]}, so that a schedule has no effect on it")
         if getattr(self.optimizer.step, "_wrapped_by_lr_sched", False):
@@ -553,6 +546,16 @@ class MLRSNetLR:
         return math.exp(level) if self.perplexity else level
 
 
+def steps_between_updates(t_val: int | None, num_steps: int) -> int:
+    """t_val, by default for about 80 updates in the run. ValueError where nothing would be learned."""
+    default = max(1, num_steps // 80)
+    chosen = default if t_val is None else check_count("t_val", t_val)
+    if chosen > num_steps:
+        advice = f"lower t_val; {default} makes about 80 updates"
+        raise ValueError(f"t_val {t_val}, num_steps {num_steps}: nothing would be learned; {advice}")
+    return chosen
+
+
 class MetaMLRSNetLR(MLRSNetLR):
     """An MLR-SNet that learns while it drives: every t_val-th step first moves θ by Adam, then sets the rate.
 
@@ -593,10 +596,7 @@ class MetaMLRSNetLR(MLRSNetLR):
             raise ValueError("network shares no parameter with the optimizer: give the one that trains, not a copy")
         if any(getattr(module, "sparse", False) for module in network.modules()):
             raise TypeError("a module has sparse gradients, which are not supported; build it with sparse=False")
-        self.t_val = max(1, num_steps // 80) if t_val is None else _check_count("t_val", t_val)
-        if self.t_val > num_steps:
-            advice = f"lower t_val; {max(1, num_steps // 80)} makes about 80 updates"
-            raise ValueError(f"t_val {t_val}, num_steps {num_steps}: nothing would be learned; {advice}")
+        self.t_val = steps_between_updates(t_val, num_steps)
         if meta_point not in ("lookahead", "average"):
             raise ValueError(f"meta_point {meta_point!r}: choose 'lookahead' or 'average'")
         if meta_point == "lookahead" and average_decay is not None:
@@ -765,7 +765,7 @@ def _check_nets(nets: list[MLRSNet], num_steps: int) -> None:
 
 def _check_gamma(gamma: Any, optimizer: Optimizer, num_classes: int | None, perplexity: bool) -> None:
     if perplexity or num_classes is not None:
-        _check_count("num_classes", num_classes, least=2 if perplexity else 1)
+        check_count("num_classes", num_classes, least=2 if perplexity else 1)
     if callable(gamma) or _is_scale(gamma):
         return
     if gamma not in ("auto", "paper"):

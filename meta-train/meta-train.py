@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))
 
 from data.meta_stream import MetaStream, schedule_arguments
-from mlr_snet import MetaMLRSNetLR, MLRSNet
+from mlr_snet import MetaMLRSNetLR, MLRSNet, steps_between_updates
 from training.arguments import FILES, add_run_arguments, add_scale, add_task_arguments, parse_run_arguments
 from training.building import average_of, network_of, start, task_of
 from training.command_line import Parser, number, number_or, show_safely, user_errors
@@ -56,11 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         net = net.to(device)
         optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         meta_stream = MetaStream(task, network)
-        gamma, measurement = chosen_gamma(args, task, network, optimizer)
+        options = schedule_arguments(task, args.num_epoch)
+        t_val = steps_between_updates(None if args.t_val == "auto" else args.t_val, options["num_steps"])
+        gamma, measurement = chosen_gamma(args, task, network, optimizer)  # may take minutes
         schedule = MetaMLRSNetLR(
-            optimizer, net, network, meta_stream, **schedule_arguments(task, args.num_epoch), gamma=gamma,
+            optimizer, net, network, meta_stream, **options, gamma=gamma,
             scale_loss=partial(task.scale_loss, network), warmup=args.warmup, cooldown=args.cooldown,
-            t_val=None if args.t_val == "auto" else args.t_val, lr=args.lr, meta_point=args.meta_point,
+            t_val=t_val, lr=args.lr, meta_point=args.meta_point,
             average_decay=args.average_decay if args.meta_point == "average" and args.average_decay != "auto" else None,
         )
         average = schedule.average or average_of(args, network, schedule.num_steps)

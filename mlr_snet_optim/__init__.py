@@ -1,5 +1,6 @@
 """What an optimizer's step does, and how a step on trial is undone. It stands under mlr_snet and needs torch only.
 
 directions.py: d_t. rates.py: the learning rates of parameter groups. restoring.py: copies, bit for bit. average.py: a
-running average of weights. loop.py: hooks and checks in the training loop. ranks.py: means over torch.distributed.
+running average of weights. loop.py: hooks and checks in the training loop. ranks.py: means over the ranks, and
+other numbers.
 """

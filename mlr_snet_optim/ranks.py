@@ -1,5 +1,6 @@
-"""Numbers in tensors: their means over the ranks that train together, and as floats on the host."""
+"""Numbers: their means over the ranks that train together, tensors as floats on the host, and counts."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -31,3 +32,10 @@ def on_host(value: Tensor) -> float | Tensor:
     """A 0-d tensor as a float, unless that would make the host wait for an accelerator."""
     value = value.detach()
     return float(value) if value.device.type == "cpu" else value
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as an int. ValueError for what is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} {value!r}: give a whole number of at least {least}")
+    return int(value)

@@ -44,6 +44,11 @@ def test_a_run_with_the_measured_scale_equals_one_that_is_given_the_number(tmp_p
 SHORT_TEXT = [*TEXT, "--num-epoch", "2", "--limit-train", "4000", "--limit-test", "500"]
 
 
+def test_a_t_val_at_which_nothing_would_be_learned_is_refused_before_measuring(tmp_path, capsys):
+    done = call(capsys, META_TRAIN, *MOMENTUM, "--num-meta", "100", "--t-val", "300", "--out", tmp_path)
+    assert done.returncode == 2 and "nothing would be learned; lower --t-val" in done.stderr and done.stdout == ""
+
+
 def test_a_batch_of_one_image_is_named_while_measuring(tmp_path, capsys):
     words = ["--network", "resnet", "--dataset", "digits", "--limit-train", "1", "--num-epoch", "1"]
     done = call(capsys, META_TEST, *words, "--momentum", "0.9", "--out", tmp_path)
