@@ -37,7 +37,8 @@ def summarise(runs: Sequence[Run], target: float | None) -> list[Record]:
     for group, by_method in members.items():
         methods = [method for method in dict.fromkeys(run.method for run in runs) if method in by_method]
         finished = [_record(group, details[group], method, by_method[method]) for method in methods]
-        baselines = [record for record in finished if record["method"] in ("fixed", "sgd+val") and "runs" in record]
+        baselines = [record for baseline in ("fixed", "sgd+val") for record in finished
+                     if record["method"] == baseline and "runs" in record]
         records += [_compared(record, baselines, target) for record in finished]
     return records
 

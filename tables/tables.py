@@ -82,8 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.list or args.render or args.table):
         parser.error(f"--table: choose from {', '.join(TABLES)}")
-    if args.render and (args.table or args.open or args.highlight or args.target is not None):
-        parser.error("--render takes everything from the results; leave --table, --open, --highlight and --target out")
+    if args.render and vars(args) != vars(parser.parse_args(["--render", *map(str, args.render)])):
+        parser.error("--render takes everything else from the results; leave the other flags out")
     if args.table and args.preset not in TABLES[args.table].preset_names:
         parser.error(f"--preset {args.preset}: {args.table} has only {' and '.join(TABLES[args.table].preset_names)}")
     if args.slurm_options and not args.slurm:
