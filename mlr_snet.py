@@ -396,7 +396,6 @@ class MLRSNetLR:
             self._learn(value)
             self._advance(value)
         self.steps_taken += 1
-        self.watch.after_step()
 
     @torch.no_grad()
     def _advance(self, loss: Tensor) -> None:

@@ -58,45 +58,38 @@ class LoopWatch:
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
-        self.num_checks = 0
-        self.num_updates = 0  # that the optimizer has made since the last check
-        self.had_state = False  # whether the optimizer had a state at the first check
-        self.hook = optimizer.register_step_post_hook(self._count_update)
-        self.num_idle = 0  # calls since it has made a step
-        self.versions: list[int] = []  # as of _present_versions, after the last call
+        self.num_calls = 0
+        self.num_updates = 0  # that the optimizer has made since the last call
+        self.num_idle = 0  # calls since it has made one
+        self.had_state = False  # whether the optimizer had a state at the first call
         self.is_reach_checked = False
+        self.hook = optimizer.register_step_post_hook(self._count_update)
 
     def _count_update(self, *_: Any) -> None:
         self.num_updates += 1
 
-    def _present_versions(self) -> list[int]:
-        """How often the optimizer's memory of some weights, or else these, have been written; looks at no value."""
-        if self.optimizer.param_groups[0].get("capturable"):  # a captured step does not count
-            return []
-        weights = [weight for weight in parameters_of(self.optimizer) if weight.grad is not None][:8]
-        memory = [value for weight in weights for value in self.optimizer.state.get(weight, {}).values()]
-        return [tensor._version for tensor in memory if isinstance(tensor, Tensor)] or [w._version for w in weights]
-
     def before_step(self, schedule: Any) -> None:
         """Warn of what is wrong before this step of the schedule, for the caller of its step()."""
-        problem = ""
-        if self.num_checks < 2 and is_registered(self.hook):  # copies of an optimizer have no hooks
-            problem = self._at_second_step(schedule) if self.num_checks else self._at_first_step(schedule)
-            self.num_checks, self.num_updates = self.num_checks + 1, 0
-        versions = self._present_versions()
-        self.num_idle = self.num_idle + 1 if versions and versions == self.versions else 0
-        if self.num_idle == self.LONG_IDLE and not problem:
-            problem = (f"the optimizer has made no step for {self.LONG_IDLE} calls of step(loss): if another one "
-                       "trains now, make a new schedule for it")
+        problem = self._problem(schedule) if is_registered(self.hook) else ""  # copies of an optimizer have no hooks
         if schedule.steps_taken == schedule.num_steps and not problem:
             end = "the cool-down ends at rate 0" if schedule.cooldown else "the last net goes on"
             steps = f"{schedule.num_steps} optimizer steps (not epochs or micro-batches)"
             problem = f"the planned {steps} are over: {end}"
+        self.num_calls, self.num_updates = self.num_calls + 1, 0
         if problem:
             warnings.warn(problem, stacklevel=4)
 
-    def after_step(self) -> None:
-        self.versions = self._present_versions()
+    def _problem(self, schedule: Any) -> str:
+        if self.num_calls == 0:
+            return self._at_first_step(schedule)
+        if self.num_calls == 1:
+            return self._at_second_step(schedule)
+        is_captured = self.optimizer.param_groups[0].get("capturable")  # replaying a captured step runs no hooks
+        self.num_idle = 0 if self.num_updates or is_captured else self.num_idle + 1
+        if self.num_idle == self.LONG_IDLE:
+            return (f"the optimizer has made no step for {self.LONG_IDLE} calls of step(loss): if another one trains "
+                    "now, make a new schedule for it")
+        return ""
 
     def _at_first_step(self, schedule: Any) -> str:
         self.had_state = self._has_state()
@@ -118,7 +111,6 @@ class LoopWatch:
         return ""
 
     def _at_second_step(self, schedule: Any) -> str:
-        self.hook.remove()
         if self.num_updates != 1 and not (schedule.handle and self.num_updates):  # GradScaler skips steps
             return (f"{self.num_updates} optimizer steps lie between two calls of step(loss): call it once before each "
                     "of them, but not before one that GradScaler skips, and under accumulation with the mean over the "
