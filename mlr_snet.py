@@ -200,11 +200,11 @@ def lookahead(
 ) -> Iterator[dict[Tensor, Tensor]]:
     """The network at ŵ = w − lr·d inside the block, or at the average that follows from it; yields w by parameter.
 
-    `rest` moves at rate 1. Restores what has moved and the network's buffers bit for bit.
+    `rest` moves at rate 1. Restores what has moved, and the network's buffers and modes, bit for bit.
     """
     rest = rest or {}
-    averaged = average.parameters if average else []
-    with preserved([*update, *rest, *averaged, *network.buffers()]) as weights:
+    moving = [*update, *rest, *(average.parameters if average else [])]
+    with preserved_modules(network, moving), preserved([*moving, *network.buffers()]) as weights:
         descend(update, lr)
         descend(rest, 1.0)
         if average:
@@ -242,7 +242,6 @@ def hypergradient(
     driven = [parameter for parameter in update if parameter.requires_grad]
     if not driven:
         raise RuntimeError("no parameter has a gradient: call step() between backward() and optimizer.step()")
-    averaged = average.parameters if average else []
     if average:
         average.check_holds(driven)
     terms: dict[nn.Parameter, Tensor] = {}
@@ -257,7 +256,6 @@ def hypergradient(
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
     with ExitStack() as stack:
-        stack.enter_context(preserved_modules(network, [*update, *rest, *averaged]))
         weights = stack.enter_context(lookahead(network, update, lr, rest, average))
         stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
         stack.enter_context(torch.enable_grad())
