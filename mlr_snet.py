@@ -255,10 +255,9 @@ def hypergradient(
         term = whole(direction.to(precise).mul_(gradient).sum())
         terms[parameter] = terms[parameter] + term if parameter in terms else term
 
-    with ExitStack() as stack:
-        weights = stack.enter_context(lookahead(network, update, lr, rest, average))
-        stack.enter_context(without_gradients([*parameters_of(optimizer), *network.parameters()]))
-        stack.enter_context(torch.enable_grad())
+    ahead = lookahead(network, update, lr, rest, average)
+    parameters = [*parameters_of(optimizer), *network.parameters()]
+    with ahead as weights, without_gradients(parameters), torch.enable_grad(), ExitStack() as hooks:
         try:
             loss = meta_loss()
         except StopIteration:
@@ -266,7 +265,7 @@ def hypergradient(
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise TypeError(f"meta_loss returned {loss!r}: give the 0-d loss of the network, with its graph")
         for parameter in driven:
-            stack.enter_context(parameter.register_post_accumulate_grad_hook(take))
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(take))
         # Sharded parameters get their gradients from hooks of a whole backward pass only.
         loss.backward(inputs=None if any(map(is_sharded, driven)) else driven)
         for parameter in driven:
