@@ -83,8 +83,7 @@ def test_an_installed_wheel_trains_and_learns_beside_modules_of_the_scripts_name
     assert out.split() == [str(site / "mlr_snet.py"), "6", "6"]
 
 
-def test_the_wheel_needs_torch_alone_and_the_extra_for_the_scripts_is_requirements_txt():
+def test_the_wheel_needs_torch_alone_in_the_version_of_requirements_txt():
     requirements = (ROOT / "requirements.txt").read_text().split()
     assert [name.partition(">")[0] for name in PROJECT["dependencies"]] == ["torch"]
     assert PROJECT["dependencies"][0] in requirements
-    assert PROJECT["optional-dependencies"]["scripts"] == requirements
