@@ -615,8 +615,6 @@ class MetaMLRSNetLR(MLRSNetLR):
             self.average.update()
         if (self.steps_taken + 1) % self.t_val:
             return
-        if getattr(self.optimizer, "grad_scale", None) is not None:
-            raise RuntimeError("the gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step()")
         with torch.enable_grad():
             fraction, _ = self.net(self._input(loss), self.state)
             scale = self.gamma * self._envelope()

@@ -124,7 +124,9 @@ class LoopWatch:
         return any(self.optimizer.state.values())
 
     def check_reach(self, ratios: Ratios, lr: float | Tensor) -> None:
-        """RuntimeError where the first finite lookahead is as long as with gradients of a GradScaler."""
+        """RuntimeError for gradients of a GradScaler, which the length of the first finite lookahead shows, too."""
+        if getattr(self.optimizer, "grad_scale", None) is not None:  # of a fused optimizer
+            raise RuntimeError("the gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step()")
         update = {} if self.is_reach_checked else update_directions(self.optimizer, ratios)
         if not update:
             return
