@@ -385,8 +385,9 @@ class MLRSNetLR:
 
     def _step(self, loss: float | Tensor | None) -> None:
         value = self._mean_loss(loss)
-        present = self.ratios if self.steps_taken else lr_ratios(self.optimizer, self.groups)
-        self.ratios = settled_ratios(self.optimizer, self.groups, present, self.lr_set)
+        if not self.steps_taken:  # until now the rates may have been changed
+            self.ratios = lr_ratios(self.optimizer, self.groups)
+        self.ratios = settled_ratios(self.optimizer, self.groups, self.ratios, self.lr_set)
         self.watch.before_step(self)
         self.recent_losses[self.steps_taken % len(self.recent_losses)] = torch.where(value.isfinite(), value, math.nan)
         if self._start_phase(value):
