@@ -531,7 +531,9 @@ class MLRSNetLR:
     def _level(self, loss: Tensor) -> float:
         """L of the formula; NaN where no finite loss is known."""
         if self.scale_loss:
-            level, self.level = self.scale_loss() if self.level is None else self.level, None
+            if self.level is None:
+                self.level = self.scale_loss()
+            level, self.level = self.level, None
             return mean_over_ranks(float(level), self._device(), self.process_group)
         # Deviation: the authors pass over the whole training set for L; scale_loss does, the losses at hand serve here.
         level = float(loss if self.phase < 0 else self.recent_losses.nanmedian())
@@ -629,7 +631,8 @@ class MetaMLRSNetLR(MLRSNetLR):
         is_skipped = ~(slope.isfinite() & loss.isfinite())
         self.adam.found_inf = self.found_inf.copy_(is_skipped)  # type: ignore[attr-defined]
         self.adam.step()
-        shown, is_last = on_host(is_skipped), self.steps_taken + self.t_val >= self.num_steps
+        shown = on_host(is_skipped)
+        is_last = self.steps_taken + self.t_val >= self.num_steps
         if (is_last or isinstance(shown, float)) and shown:
             warnings.warn("the training loss, the meta loss or its gradient is not finite: this update of the net is "
                           "left out", stacklevel=4)
