@@ -22,6 +22,8 @@ from data.meta_stream import epoch_changes
 from mlr_snet import SHIPPED, MLRSNet, MLRSNetLR, load_schedules
 from training.arguments import net_files
 from training.command_line import number, number_or, show_safely, user_errors
+from training.folder import read_record
+from training.measuring import FILE, read
 from training.pictures import save, subplots
 
 LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
@@ -83,7 +85,6 @@ def read_losses(path: Path, args: argparse.Namespace) -> Tensor:
     """The training losses of a run's metrics.csv, each for all steps of its epoch. ValueError for another file, for a
     run of text without --perplexity or one of images with it, and for a regression without a number for γ.
     """
-    path = path / "metrics.csv" if path.is_dir() else path
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -102,41 +103,18 @@ def read_losses(path: Path, args: argparse.Namespace) -> Tensor:
     return torch.tensor(losses).repeat_interleave(args.steps_per_epoch)
 
 
-def steps_per_epoch_of(run: Path | None) -> int:
-    """Those in the cost.json of a run's folder; 20 where there is none. ValueError for another file."""
-    path = (run if run.is_dir() else run.parent) / "cost.json" if run else None
-    if not path or not path.exists():
-        return 20
-    try:
-        return number(int, 1, 10**6)(str(json.loads(path.read_text())["steps_per_epoch"]))
-    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{path}: not the costs of a run ({type(error).__name__})") from None
-
-
-def take_settings(args: argparse.Namespace) -> None:
-    """Take warm-up, cool-down and, where it was a number or measured, γ from the folder of the run of --losses.
-
-    ValueError for a damaged file there.
-    """
-    args.warmup = args.cooldown = 0.0
-    folder = args.losses if not args.losses or args.losses.is_dir() else args.losses.parent
-    if not folder or not (folder / "args.json").exists():
+def take_settings(args: argparse.Namespace, folder: Path) -> None:
+    """Take the steps per epoch, warm-up, cool-down and, where it was a number or measured, γ from a run's folder."""
+    if args.steps_per_epoch is None and (folder / "cost.json").exists():
+        args.steps_per_epoch = int(json.loads((folder / "cost.json").read_text())["steps_per_epoch"])
+    if not (folder / "args.json").exists():
         return
-    try:
-        flags = json.loads((folder / "args.json").read_text())["arguments"]
-        args.warmup, args.cooldown = float(flags["warmup"]), float(flags["cooldown"])
-        measured = folder / "lr_scale.json"
-        if args.gamma == "auto" and measured.exists():
-            args.gamma = 2 * float(json.loads(measured.read_text())["scale"])
-        elif args.gamma == "auto" and flags["gamma"] not in ("auto", "paper"):
-            args.gamma = float(flags["gamma"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: args.json or lr_scale.json is damaged ({type(error).__name__})") from None
-
-
-def decaying_losses(first: float, last: float, num_epochs: int, steps_per_epoch: int) -> Tensor:
-    """Losses that fall exponentially from `first` to `last`, one per step."""
-    return torch.logspace(math.log10(first), math.log10(last), num_epochs * steps_per_epoch)
+    flags = read_record(folder)
+    args.warmup, args.cooldown = flags["warmup"], flags["cooldown"]
+    if args.gamma == "auto" and (folder / FILE).exists():
+        args.gamma = 2 * read(folder).result.scale
+    elif args.gamma == "auto" and flags["gamma"] != "paper":
+        args.gamma = flags["gamma"]
 
 
 def draw(path: Path, names: list[str], settled: list[Tensor], run: Run, args: argparse.Namespace) -> None:
@@ -191,14 +169,16 @@ def main(argv: list[str] | None = None) -> int:
         files = net_files(args.nets)
         nets = load_schedules(files)
         names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
-        if args.steps_per_epoch is None:
-            args.steps_per_epoch = steps_per_epoch_of(args.losses)
-        take_settings(args)
+        args.warmup = args.cooldown = 0.0
         if args.losses:
-            losses = read_losses(args.losses, args)
+            metrics = args.losses / "metrics.csv" if args.losses.is_dir() else args.losses
+            take_settings(args, metrics.parent)
+        args.steps_per_epoch = args.steps_per_epoch or 20
+        if args.losses:
+            losses = read_losses(metrics, args)
         else:
-            first, last = args.decay
-            losses = decaying_losses(first, last, args.num_epoch, args.steps_per_epoch)
+            start, end = map(math.log10, args.decay)
+            losses = torch.logspace(start, end, args.num_epoch * args.steps_per_epoch)
         run = follow(nets, losses, args)
         settled = [settled_fractions(net, LOSSES) for net in nets]
         args.out.parent.mkdir(parents=True, exist_ok=True)
