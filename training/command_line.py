@@ -57,9 +57,6 @@ def folder(text: str) -> Path:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows a flag by its first spelling only; the others are the authors'."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=24)
-
     def _format_action_invocation(self, action: argparse.Action) -> str:
         text = action.option_strings[0]
         if action.nargs != 0:
