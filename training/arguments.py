@@ -198,39 +198,17 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
         different = ", ".join(sorted(stored.keys() ^ vars(args).keys()))
         raise ValueError(f"{record} is of another version of this software (missing or unknown: {different}); "
                          "start a new run in another --out")
-    parser.exit_on_error = False
-    try:  # the stored arguments pass the same checks as a command line
-        resumed = parser.parse_args(_command_line(parser, stored))
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(f"{record} is damaged: {error}") from None
+    parser.set_defaults(**stored)  # argparse reads a default that is a string as it reads a flag's value
+    resumed = parser.parse_args([])
     for name in given - {*MAY_CHANGE}:
         if plain(getattr(args, name)) != plain(getattr(resumed, name)):
             flag = f"--{name.replace('_', '-')}"
             own = flag if stored[name] is None else f"{flag} {stored[name]}"
             raise ValueError(f"--resume continues with the run's own {own}; leave {flag} out")
-    resumed.out, resumed.resume, resumed.script = args.out, True, args.script
+    resumed.out, resumed.resume = args.out, True
     for name in given & {"data_root", "workers"}:  # the checkpoint knows the data by their fingerprint
         setattr(resumed, name, getattr(args, name))
     return resumed
-
-
-def _command_line(parser: Parser, arguments: dict[str, Any]) -> list[str]:
-    """The words that give the parser these arguments. ValueError for a list that is out of place."""
-    words = []
-    for action in parser._actions:  # argparse has no public list of its flags
-        value = arguments.get(action.dest)
-        flag = action.option_strings[0]
-        if action.dest in ("help", "out", "resume") or value is None or value is False:
-            continue
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list):
-            if action.nargs != "+" or any(str(item).startswith("-") for item in value):
-                raise ValueError(f"{flag} is {value}")
-            words += [flag, *map(str, value)]
-        else:
-            words.append(f"{flag}={value}")
-    return words
 
 
 def _settle_problem(args: argparse.Namespace, network: str) -> None:
