@@ -22,12 +22,6 @@ IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5, "clip": 0.25}
 
-# Flags of the authors' language-modelling script that mean something else here, and what to give instead
-AUTHORS = {
-    "--model": "--network lstm2 or lstm3", "--num_layers": "--network lstm2 or lstm3",
-    "--hidden_size": "--embed-size, which is the width of the hidden layers, too",
-}
-
 FILES = """\
 files in --out:
   args.json              arguments, versions, commit and hardware
@@ -42,12 +36,9 @@ files in --out:
 """
 
 
-class Refused(argparse.Action):
-    """A flag of the authors' that is refused with the one to use."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        (flag,) = self.option_strings
-        parser.error(f"{flag} is the authors' flag; give {AUTHORS[flag]}")
+def refused(text: str) -> None:
+    """The argparse type of flags of the authors' language-modelling script that mean something else here."""
+    raise argparse.ArgumentTypeError("of the authors' script; here --network lstm2 or lstm3, and --embed-size")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
@@ -100,8 +91,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
     add("--average-decay", type=number_or(number(float, 0, 1, below=True), "auto"), metavar="RATE",
         help="decay of the average per step; auto averages over a twentieth of the run (default: auto)")
-    for flag in AUTHORS:
-        add(flag, action=Refused, dest=f"authors {flag}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("--model", "--num_layers", "--hidden_size", type=refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def add_scale(add: Callable[..., Any]) -> None:
