@@ -89,8 +89,8 @@ def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:
         help="momentum of SGD (default: 0)")
     add("--wd", type=number(float, 0), metavar="WD", help="weight decay (default: images 5e-4, text 5e-6)")
     add("--average", action="store_true", help="also evaluate and save a running average of the weights")
-    add("--average-decay", type=number_or(number(float, 0, 1, below=True), "auto"), metavar="RATE",
-        help="decay of the average per step; auto averages over a twentieth of the run (default: auto)")
+    add("--average-decay", type=number_or(number(float, 0, 1, below=True), "auto"), default="auto",
+        metavar="RATE", help="decay of the average per step; auto averages over a twentieth of the run (default: auto)")
     add("--model", "--num_layers", "--hidden_size", type=refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
@@ -115,7 +115,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="epochs (default: images 200, imagenet 90, text 150)")
     add("--batch-size", "--batch_size", type=positive, metavar="N",
         help="per step, over all ranks (default: images 128, text 32)")
-    add("--accumulate", type=number(int, 1, 2**31 - 1), metavar="N",
+    add("--accumulate", type=positive, metavar="N",
         help="take each batch of images in N micro-batches, which needs less memory; the meta batch stays whole "
         "(default: 1)")
     add("--test-every", type=positive, default=1, metavar="N",
@@ -219,9 +219,9 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
         )
     if args.momentum and args.optimizer != "sgd":
         raise ValueError(f"--momentum belongs to --optimizer sgd; leave it out with {args.optimizer}")
-    if not keeps_average(args) and args.average_decay not in (None, "auto"):
+    keeps_average = args.average or getattr(args, "meta_point", None) == "average"
+    if args.average_decay != "auto" and not keeps_average:
         raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")
-    args.average_decay = "auto" if args.average_decay is None else args.average_decay
     if not is_text and (args.predict == "noise") != (args.network == "denoiser"):
         raise ValueError("--network denoiser and --predict noise belong together; give both")
     own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
@@ -235,11 +235,6 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     for name, default in own.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-
-
-def keeps_average(args: argparse.Namespace) -> bool:
-    """Whether the run keeps a running average of the weights."""
-    return args.average or getattr(args, "meta_point", "lookahead") == "average"
 
 
 def net_files(nets: list[str | Path]) -> str | list[Path]:
