@@ -152,8 +152,6 @@ def parse_run_arguments(
     _settle_problem(args, network)
     args.out = (args.out or script.parent / "result" / f"{args.network}_{args.dataset}").absolute()
     try:
-        if args.out.exists() and not args.out.is_dir():
-            raise ValueError(f"--out {args.out} is a file; give a folder")
         if args.resume:
             args = _resumed(parser, args, given)
         else:
@@ -246,8 +244,6 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
         return paths
     if not (paths[0] / "mlr_snet_1.pth").exists():
         raise ValueError(f"nets {paths[0]}: holds no nets of meta-train.py; give .pth files")
-    num_epochs = read_record(paths[0]).get("num_epoch")
-    if not isinstance(num_epochs, int) or not 1 <= num_epochs < 2**31:
-        raise ValueError(f"{paths[0] / 'args.json'} names no number of epochs; give .pth files")
+    num_epochs = read_record(paths[0])["num_epoch"]
     epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
     return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]

@@ -34,8 +34,6 @@ from utils import (
     write_atomically,
 )
 
-MOST_THREADS = 4096
-
 
 def _numbers(table: dict[str, float], names: Iterable[str]) -> dict[str, float]:
     """A copy of the table. ValueError unless it holds numbers only, those of these names among them."""
@@ -288,10 +286,7 @@ def restore_surroundings(folder: Path, device: torch.device) -> None:
     """
     before = {"commit": read_record(folder, "commit", str)}
     before |= read_record(folder, "versions") | read_record(folder, "hardware")
-    threads = before.get("threads")
-    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"{folder / 'args.json'} is damaged: the run's number of threads is {threads}")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before["threads"])
     now = _hardware(device) | {"torch": torch.__version__, "commit": _commit()}
     names = ("commit", "torch", "gpu", "ranks") if now["gpu"] else ("commit", "torch", "gpu", "ranks", "cpu")
     changed = [f"{name} {now[name]} instead of {before.get(name)}" for name in names if now[name] != before.get(name)]
