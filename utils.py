@@ -82,12 +82,6 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether the error means that another rank has ended. Under gloo, torch has no exception class for it."""
-    words = ("gloo", "nccl", "connection", "timed out")
-    return world_size() > 1 and any(word in str(error).lower() for word in words)
-
-
 class _Parallel(nn.Module):
     """The network as DistributedDataParallel takes it; called without inputs, the sum of its weights."""
 

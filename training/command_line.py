@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from data.files import ImageFileError
 from utils import all_gather, first_line, rank, world_size
 
 SECONDS_TO_END = 10  # that torchrun has to end the other ranks when one has ended
@@ -188,12 +189,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
-def is_batch_of_one(error: BaseException) -> bool:
-    """Whether BatchNorm was to train on a single value per channel: torch's own words, since it has no class for it."""
-    return isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
-
-
-BATCH_OF_ONE = "BatchNorm cannot train on a batch of one image; change batch_size, num_meta or limit_train"
+def outside_cause(error: Exception, args: argparse.Namespace) -> str:
+    """What outside the program has ended a run, in one line; nothing for an error of the program itself."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:  # torch has no class for it,
+        text = "BatchNorm cannot train on a batch of one image; change batch_size, num_meta or limit_train"
+    elif is_out_of_memory(error):
+        text = f"this does not fit in memory ({first_line(error)}); lower batch_size"
+    elif world_size() > 1 and isinstance(error, RuntimeError) and any(  # nor for a rank that has ended, under gloo
+        word in text.lower() for word in ("gloo", "nccl", "connection", "timed out")
+    ):
+        text = "another rank has ended; continue with --resume"
+    elif isinstance(error, ImageFileError):
+        text += ", and start a new run"
+    elif not isinstance(error, OSError):
+        return ""
+    return in_flags(text, vars(args))
 
 
 def end_with_launcher() -> None:

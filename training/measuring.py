@@ -10,13 +10,12 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from data.files import ImageFileError
 from data.meta_stream import TrainStream
 from mlr_snet import Task, has_paper_scale
 from mlr_snet_scale import MeasuredScale, Trial, measure_lr_scale
-from training.command_line import BATCH_OF_ONE, in_flags, is_batch_of_one, is_out_of_memory
+from training.command_line import outside_cause
 from training.pictures import draw_scale
-from utils import averaged_gradients, first_line, is_lost_rank, rank, write_atomically
+from utils import averaged_gradients, rank, write_atomically
 
 FILE = "lr_scale.json"
 
@@ -78,12 +77,10 @@ def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer:
                 num_classes=task.num_classes, perplexity=task.perplexity,
             )
     except (ValueError, OSError, RuntimeError) as error:  # on this rank only; the others wait in a collective
-        lost = isinstance(error, RuntimeError) and is_lost_rank(error)
-        is_single = is_batch_of_one(error)
-        if not (lost or is_single or isinstance(error, (ImageFileError, OSError)) or is_out_of_memory(error)):
+        cause = outside_cause(error, args)
+        if not cause:
             raise
-        cause = BATCH_OF_ONE if is_single else first_line(error)
-        print(f"error: the LR scale could not be measured ({in_flags(cause, vars(args))})", file=sys.stderr)
+        print(f"error: the LR scale could not be measured ({cause})", file=sys.stderr)
         sys.exit(2)
     seconds = time.perf_counter() - start
     if result.refusal and rank() == 0:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from baselines.from_gradients import twice_differentiable
-from data.files import ImageFileError
 from data.images import ImageTask
 from data.meta_stream import MetaStream
 from data.text import TextTask
@@ -24,7 +23,7 @@ from mlr_snet_optim.average import Average
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
 from training.checkpoint import Checkpoint
-from training.command_line import BATCH_OF_ONE, in_flags, is_batch_of_one, is_out_of_memory
+from training.command_line import outside_cause
 from training.folder import Cost, FolderLock, Metrics, contents, provenance
 from training.log import Log
 from training.measuring import Measurement
@@ -35,7 +34,6 @@ from utils import (
     checksum,
     data_parallel,
     first_line,
-    is_lost_rank,
     rank,
     save,
     world_size,
@@ -202,15 +200,9 @@ class Trainer:
         """What has gone wrong, in one line; nothing for an error of the program itself."""
         if isinstance(error, FloatingPointError):
             return f"diverged: {error}"
-        if isinstance(error, (OSError, RanksDiffer, ImageFileError)):
-            advice = ", and start a new run" if isinstance(error, ImageFileError) else ""
-            return f"error: {in_flags(' '.join(str(error).split()), vars(self.args))}{advice}"
-        if is_batch_of_one(error):
-            return f"error: {in_flags(BATCH_OF_ONE, vars(self.args))}"
-        if is_out_of_memory(error):
-            return f"error: step {self.step + 1} does not fit in memory ({first_line(error)}); lower --batch-size"
-        if isinstance(error, RuntimeError) and is_lost_rank(error):
-            return "another rank has ended; continue with --resume"
+        cause = str(error) if isinstance(error, RanksDiffer) else outside_cause(error, self.args)
+        if cause:
+            return f"error: {cause}"
         if self.step == self.resumed_step:  # a state that loads can still be a wrong one
             return (f"error: the first step after {self.checkpoint.path} failed ({first_line(error)}); where a new run "
                     "gets further, it is not a checkpoint of this run")
