@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from training.log import warn
 from utils import (
     COSTS,
     ROOT,
@@ -28,7 +28,6 @@ from utils import (
     peak_memory_mib,
     pick_device,
     plain,
-    rank,
     read_text,
     world_size,
     write_atomically,
@@ -195,8 +194,7 @@ class FolderLock:
             except BlockingIOError:
                 is_free = False
             except OSError as error:  # some network file systems have no locks
-                tqdm.write(f"warning: {self.folder} cannot be locked ({error.strerror}); keep other runs out of it",
-                           file=sys.stderr)
+                warn(f"{self.folder} cannot be locked ({error.strerror}); keep other runs out of it")
                 return
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             content = file.read() if is_file else b""
@@ -290,6 +288,5 @@ def restore_surroundings(folder: Path, device: torch.device) -> None:
     now = _hardware(device) | {"torch": torch.__version__, "commit": _commit()}
     names = ("commit", "torch", "gpu", "ranks") if now["gpu"] else ("commit", "torch", "gpu", "ranks", "cpu")
     changed = [f"{name} {now[name]} instead of {before.get(name)}" for name in names if now[name] != before.get(name)]
-    if changed and rank() == 0:
-        line = f"warning: resumed with {', '.join(changed)}; results may differ from those of an unbroken run"
-        tqdm.write(line, file=sys.stderr)
+    if changed:
+        warn(f"resumed with {', '.join(changed)}; results may differ from those of an unbroken run")

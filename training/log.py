@@ -10,6 +10,16 @@ from tqdm import tqdm
 from utils import first_line, rank
 
 
+def say(line: str, file: Any = None) -> None:
+    """Show a line above the progress bar. Rank 0 shows it."""
+    if rank() == 0:
+        tqdm.write(line, file=file)
+
+
+def warn(line: str) -> None:
+    say(f"warning: {line}", sys.stderr)
+
+
 class Log:
     """Shows the steps and epochs of a run on rank 0. Events that cannot be written are given up with a line.
 
@@ -31,24 +41,18 @@ class Log:
                 self._give_up_events(error)
 
     def step(self, number: int, loss: float, score: float, lr: float) -> None:
-        if rank():
-            return
         self._add_events({"step/loss": loss, "step/lr": lr}, number)
         self.bar.update()
         self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.4f}", self.score: f"{score:.1f}"})
 
     def gamma(self, number: int, gamma: float) -> None:
         """The LR scale, set at step `number`."""
-        if rank():
-            return
         self._add_events({"step/gamma": gamma}, number)
-        self.bar.write(f"gamma {gamma:.4g} from step {number} on")
+        say(f"gamma {gamma:.4g} from step {number} on")
 
     def epoch(self, row: dict[str, float]) -> None:
-        if rank():
-            return
         self._add_events({f"epoch/{name}": value for name, value in row.items()}, int(row["epoch"]))
-        self.bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
     def close(self) -> None:
         self.bar.close()
@@ -72,4 +76,4 @@ class Log:
 
     def _give_up_events(self, error: Exception) -> None:
         self.writer = None
-        tqdm.write(f"warning: TensorBoard events are not written ({first_line(error)})", file=sys.stderr)
+        warn(f"TensorBoard events are not written ({first_line(error)})")

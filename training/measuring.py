@@ -14,8 +14,9 @@ from data.meta_stream import TrainStream
 from mlr_snet import Task, has_paper_scale
 from mlr_snet_scale import MeasuredScale, Trial, measure_lr_scale
 from training.command_line import outside_cause
+from training.log import say, warn
 from training.pictures import draw_scale
-from utils import averaged_gradients, rank, write_atomically
+from utils import averaged_gradients, write_atomically
 
 FILE = "lr_scale.json"
 
@@ -55,11 +56,6 @@ def read(folder: Path) -> Measurement:
         raise ValueError(f"{folder / FILE}: not the measured scale of a run ({type(error).__name__})") from None
 
 
-def tell(line: str) -> None:
-    if rank() == 0:
-        print(line, flush=True)
-
-
 def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer: Optimizer) -> Measurement:
     """Measure the LR scale of the run, or take it from the folder of a run that is resumed.
 
@@ -69,7 +65,7 @@ def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer:
     if args.resume and (args.out / FILE).exists():
         return read(args.out)
     start, num_steps = time.perf_counter(), args.num_epoch * task.steps_per_epoch
-    tell("measuring the LR scale by training at trial rates")
+    say("measuring the LR scale by training at trial rates")
     try:
         with averaged_gradients(network):
             result = measure_lr_scale(
@@ -83,9 +79,9 @@ def measure(args: argparse.Namespace, task: Task, network: nn.Module, optimizer:
         print(f"error: the LR scale could not be measured ({cause})", file=sys.stderr)
         sys.exit(2)
     seconds = time.perf_counter() - start
-    if result.refusal and rank() == 0:
-        print(f"warning: the LR scale {result.scale:.3g} is a guess, not measured ({result.refusal})", file=sys.stderr)
-    tell(f"LR scale {result.scale:.3g} after {result.num_steps} steps, {seconds:.1f} s; the run has {num_steps}")
+    if result.refusal:
+        warn(f"the LR scale {result.scale:.3g} is a guess, not measured ({result.refusal})")
+    say(f"LR scale {result.scale:.3g} after {result.num_steps} steps, {seconds:.1f} s; the run has {num_steps}")
     return Measurement(result, seconds)
 
 
@@ -96,8 +92,8 @@ def chosen_gamma(
     gamma = args.gamma
     if gamma == "auto":
         gamma = "paper" if has_paper_scale(optimizer) and task.num_classes else "measured"
-    if gamma == "paper" and not has_paper_scale(optimizer) and rank() == 0:
-        print("warning: the paper's gamma was made for SGD without momentum; measured fits others", file=sys.stderr)
+    if gamma == "paper" and not has_paper_scale(optimizer):
+        warn("the paper's gamma was made for SGD without momentum; measured fits others")
     if gamma != "measured":
         return gamma, None
     measurement = measure(args, task, network, optimizer)

@@ -4,15 +4,14 @@ Where a run's picture cannot be drawn, a line says so and the run goes on.
 """
 
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from mlr_snet_scale import MeasuredScale
+from training.log import warn
 from utils import first_line, rank, write_atomically
 
 METRICS = {"acc": "accuracy (%)", "r2": "explained (%)", "ppl": "perplexity"}  # of a task -> its label
@@ -43,7 +42,7 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> None:
     try:
         save(draw(), path, dpi=120)
     except Exception as error:
-        tqdm.write(f"warning: {path.name} could not be drawn ({first_line(error)})", file=sys.stderr)
+        warn(f"{path.name} could not be drawn ({first_line(error)})")
 
 
 def columns_of(rows: list[dict[str, float]], *names: str) -> list[list[float]]:

@@ -25,7 +25,7 @@ from training.averaging import evaluating, evaluating_average
 from training.checkpoint import Checkpoint
 from training.command_line import outside_cause
 from training.folder import Cost, FolderLock, Metrics, contents, provenance
-from training.log import Log
+from training.log import Log, say, warn
 from training.measuring import Measurement
 from training.pictures import draw_run
 from utils import (
@@ -171,10 +171,10 @@ class Trainer:
 
     def _run(self, stop: StopSignal) -> int:
         if self.step == self.num_steps:
-            self._say(f"{self.args.out}: the run is complete")
+            say(f"{self.args.out}: the run is complete")
         if self.saved_step is None:
             length = f"{self.task.steps_per_epoch} steps an epoch"
-            self._say(f"{self.args.network} on {self.args.dataset}: {self.task.in_words()}; {length}")
+            say(f"{self.args.network} on {self.args.dataset}: {self.task.in_words()}; {length}")
             write_atomically(self.args.out / "args.json", json.dumps(provenance(self.args), indent=1).encode())
             if self.measurement:
                 self.measurement.write(self.args.out)
@@ -189,7 +189,7 @@ class Trainer:
         finally:
             self.log.close()
         if stop_signal:
-            self._say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
+            say(f"stopped at step {self.step}; continue with --resume --out {self.args.out}")
             return 128 + stop_signal
         self._write_metrics()
         self._save_networks()
@@ -258,10 +258,8 @@ class Trainer:
         self.gamma = gamma
         self.log.gamma(self.step, gamma)
         if before and gamma > 1.5 * before:
-            self._say(
-                f"warning: gamma has risen from {before:.3g} with the loss in eval mode, as where BatchNorm's "
-                "statistics lag behind in a short run; a number for --gamma stays", file=sys.stderr,
-            )
+            warn(f"gamma has risen from {before:.3g} with the loss in eval mode, as where BatchNorm's statistics lag "
+                 "behind in a short run; a number for --gamma stays")
 
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
@@ -348,7 +346,3 @@ class Trainer:
     def _last_checkpoint(self) -> str:
         step = "none" if self.saved_step is None else f"the checkpoint of step {self.saved_step}"
         return f"last good checkpoint: {step}"
-
-    def _say(self, text: str, file: Any = None) -> None:
-        if rank() == 0:
-            tqdm.write(text, file=file)
