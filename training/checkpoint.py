@@ -4,17 +4,11 @@ import argparse
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from utils import all_gather, checksum, first_line, gather_hidden, plain, rank, save, shard_hidden
 
 FORMAT = 5  # of the file
 MAY_CHANGE = ("out", "resume", "data_root", "workers")  # from one start of a run to the next
-KINDS: dict[str, Any] = {
-    "arguments": dict, "data": str, "step": int, "hidden": (tuple, list, type(None)), "parts": dict, "rng": list,
-}
-OPTIONS = ("momentum", "dampening", "nesterov", "weight_decay", "betas", "eps", "maximize")
 
 
 class Checkpoint:
@@ -60,21 +54,15 @@ class Checkpoint:
                 f"{self.fingerprint}, in {self.path} it is {state['data']}; restore them or start a new run"
             )
         try:
-            if state["parts"].keys() != self.parts.keys():
-                raise ValueError(f"its parts are {', '.join(state['parts'])}")
             for name, part in self.parts.items():
-                options = _options(part)
                 part.load_state_dict(state["parts"][name])
-                if _options(part) != options:
-                    raise ValueError(f"the options of an optimizer are {_options(part)}, not {options}")
-                _check_fit(part, state["parts"][name], state["step"])
             self._restore_rng(state["rng"])
             return state["step"], shard_hidden(state["hidden"])
         except Exception as error:  # parts fail in many ways; each ends in this one line
             raise ValueError(f"{self.path}: not a checkpoint of this run ({first_line(error)})") from error
 
     def _restore_rng(self, states: list[Any]) -> None:
-        if rank() and rank() >= len(states):  # there are more ranks than before
+        if rank() >= len(states):  # there are more ranks than before
             torch.manual_seed(self.seed + rank())
             return
         rng, cuda_rng = states[rank()]
@@ -92,35 +80,4 @@ class Checkpoint:
             raise ValueError(f"{self.path} is of another version of this software; start a new run in another --out")
         if state.pop("checksum", None) != checksum(state):
             raise ValueError(f"{self.path} is damaged: its content does not match its checksum; restore a copy of it")
-        for name, kind in KINDS.items():
-            if name not in state or not isinstance(state[name], kind) or state[name] is True:
-                raise ValueError(f"{self.path} is damaged: its {name} is {state.get(name)}")
         return state
-
-
-def _optimizers(part: Any) -> list[Optimizer]:
-    """The part itself, or its attributes: MLR-SNet is learned by an optimizer of its own."""
-    return [value for value in (part, *vars(part).values()) if isinstance(value, Optimizer)]
-
-
-def _options(part: Any) -> list[dict[str, Any]]:
-    """The options of each parameter group that no schedule changes."""
-    groups = [group for optimizer in _optimizers(part) for group in optimizer.param_groups]
-    return [{name: group.get(name) for name in OPTIONS if group.get(name) is not None} for group in groups]
-
-
-def _check_fit(part: Any, state: dict[str, Any], step: int) -> None:
-    """ValueError for what load_state_dict takes, though it cannot be of this part: other precision, other sizes."""
-    if isinstance(part, nn.Module):
-        for name, value in part.state_dict().items():
-            if value.dtype != state[name].dtype:
-                raise ValueError(f"{name} is {state[name].dtype}, not {value.dtype}")
-    if isinstance(part, Optimizer) and step and not part.state and any(map(part.defaults.get, ("momentum", "betas"))):
-        raise ValueError(f"the optimizer has no memory of its {step} steps")
-    for optimizer in _optimizers(part):
-        for weight, memory in optimizer.state.items():
-            for name, value in memory.items():
-                if not isinstance(value, Tensor | float | int | None):
-                    raise ValueError(f"{name} of a weight is {value}")
-                if isinstance(value, Tensor) and value.numel() not in (1, weight.numel()):
-                    raise ValueError(f"{name} of a weight of {weight.numel()} numbers has {value.numel()}")

@@ -33,7 +33,6 @@ from utils import (
     all_gather,
     checksum,
     data_parallel,
-    first_line,
     rank,
     save,
     world_size,
@@ -96,7 +95,6 @@ class Trainer:
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
         self.saved_step: int | None = None
-        self.resumed_step: int | None = None
         self.gamma: float | None = None  # as last told
         on_cpu = next(network.parameters()).device.type == "cpu"
         self.fetch_every = 1 if on_cpu else FETCH_EVERY
@@ -129,8 +127,7 @@ class Trainer:
         out, path = self.args.out, self.checkpoint.path
         if self.args.resume and path.exists():
             self.step, self.hidden = self.checkpoint.load()
-            self.saved_step = self.resumed_step = self.step
-            self._check_restored()
+            self.saved_step = self.step
             self.gamma = getattr(self.schedule, "gamma", None)
             return
         results = [name for name in contents(out) if name not in BEFORE_CHECKPOINT]
@@ -140,18 +137,6 @@ class Trainer:
             refuse_used(out)  # again, since another run may have come and gone
         if rank():
             torch.manual_seed(self.args.seed + rank())  # for dropout: all that must agree is drawn by now
-
-    def _check_restored(self) -> None:
-        """ValueError for a checkpoint whose parts do not belong together."""
-        steps = {self.step, getattr(self.schedule, "steps_taken", getattr(self.schedule, "num_steps", self.step))}
-        num_rows = self.step // self.task.steps_per_epoch
-        if len(steps) > 1 or not 0 <= self.step <= self.num_steps or len(self.metrics.rows) != num_rows:
-            raise ValueError(f"{self.checkpoint.path}: not a checkpoint of this run (its parts are of different steps)")
-        both = (self.hidden, self.checkpoint.parts["meta_stream"].hidden)
-        sizes, meta_sizes = ([getattr(state, "shape", 0) for state in hidden or ()] for hidden in both)
-        has_hidden = self.task.perplexity and self.step > 0
-        if (self.hidden is not None) != has_hidden or meta_sizes not in ([], sizes):
-            raise ValueError(f"{self.checkpoint.path}: not a checkpoint of this run (its hidden states do not fit)")
 
     def run(self) -> int:
         """Train to the end; returns the exit status: 0, 1 where it diverged, 2 for a fault outside, 128 + a signal."""
@@ -201,12 +186,7 @@ class Trainer:
         if isinstance(error, FloatingPointError):
             return f"diverged: {error}"
         cause = str(error) if isinstance(error, RanksDiffer) else outside_cause(error, self.args)
-        if cause:
-            return f"error: {cause}"
-        if self.step == self.resumed_step:  # a state that loads can still be a wrong one
-            return (f"error: the first step after {self.checkpoint.path} failed ({first_line(error)}); where a new run "
-                    "gets further, it is not a checkpoint of this run")
-        return ""
+        return f"error: {cause}" if cause else ""
 
     def _train(self, stop: StopSignal) -> int:
         """Take all steps; returns the signal that stopped them, or 0."""
