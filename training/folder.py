@@ -176,21 +176,17 @@ class FolderLock:
             file = undo.enter_context(self._open())
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_free = True
             except BlockingIOError:
-                is_free = False
+                pid, _, command = file.read().decode(errors="replace").strip().partition(" ")
+                raise ValueError(
+                    f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
+                ) from None
             except OSError as error:  # some network file systems have no locks
                 warn(f"{self.folder} cannot be locked ({error.strerror}); keep other runs out of it")
                 return
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            content = file.read() if is_file else b""
-            if not is_file or not re.fullmatch(rb"\d*|\d+ .*", content, re.DOTALL):
+            if not is_file or not re.fullmatch(rb"\d*|\d+ .*", file.read(), re.DOTALL):
                 raise OSError(f"{file.name} is not a lock of this software; give another --out")
-            if not is_free:
-                pid, _, command = content.decode(errors="replace").strip().partition(" ")
-                raise ValueError(
-                    f"{self.folder} is in use by process {pid} ({command}); wait for it to end or give another --out"
-                )
             try:
                 file.seek(0)
                 file.truncate()
