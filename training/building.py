@@ -1,7 +1,6 @@
 """What a run is built of, from its flags: the process, the task, the network, the average of its weights."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from training.command_line import agree, end_with_launcher
 from training.folder import restore_surroundings
 from utils import (
     autocast,
-    built_within_memory,
     choose_algorithms,
     first_line,
     init_distributed,
@@ -71,7 +69,7 @@ def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: tor
     else:
         sizes = {"image_size": task.image_size}
     torch.manual_seed(args.seed)
-    network = built_within_memory(partial(build_network, args.network, task.num_outputs, **sizes), args.network)
+    network = build_network(args.network, task.num_outputs, **sizes)
     if isinstance(task, ImageTask):
         check_size(network, task.image_size)
     network = network.to(device).to(memory_format=torch.channels_last)
