@@ -102,9 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         meta_stream = MetaStream(task, network)
         schedule: Schedule
         measurement = None
+        optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         if args.schedule == "mlr-snet":
             nets = [net.to(device) for net in nets]
-            optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
             gamma, measurement = chosen_gamma(args, task, network, optimizer)
             schedule = MLRSNetLR(
                 optimizer, nets, **schedule_arguments(task, args.num_epoch), gamma=gamma, warmup=args.warmup,
@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             lr = args.lr
             if lr == "measured":
-                plain = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
-                measurement = measure(args, task, network, plain)
+                measurement = measure(args, task, network, optimizer)
                 lr = measurement.result.scale
             optimizer, schedule = build_baseline(
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,
