@@ -107,9 +107,8 @@ RESUMED = [
     (META_TRAIN, ["--out", "BAD/orphan"], "args.json is missing beside checkpoint.pth"),
     (META_TRAIN, ["--out", "BAD/text"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/list"], "no run's arguments"),
-    (META_TRAIN, ["--out", "BAD/null"], "no run's arguments"), (META_TRAIN, ["--out", "BAD/flat"], "not a dict"),
+    (META_TRAIN, ["--out", "BAD/null"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/deep"], "no run's arguments"),
-    (META_TRAIN, ["--out", "BAD/versions"], "no run's versions"),
     (META_TRAIN, ["--out", "BAD/word"], "batch-size"), (META_TRAIN, ["--out", "BAD/fewer"], "another version"),
     (META_TRAIN, ["--out", "BAD/more"], "another version"), (META_TRAIN, ["--out", "BAD/network"], "not for images"),
     (META_TRAIN, ["--out", "BAD/old"], "another version"), (META_TRAIN, ["--out", "BAD/flip"], "damaged"),
@@ -143,12 +142,9 @@ def damaged(finished):
         (folder / name / "args.json").write_text(text)
         return folder / name
 
-    for name, content in {
-        "text": "not JSON", "list": "[1, 2]", "null": "null", "flat": '{"arguments": 5}',
-    }.items():
+    for name, content in {"text": "not JSON", "list": "[1, 2]", "null": "null"}.items():
         (run(name) / "args.json").write_text(content)
     (run("deep") / "args.json").write_text("[" * 100_000)
-    (run("versions") / "args.json").write_text(json.dumps({**record, "versions": None}))
     run("word", batch_size="many")
     run("network", network="nonsense")
     run("more", colour="red")

@@ -247,16 +247,13 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "ranks": world_size()}
 
 
-def read_record(folder: Path, name: str = "arguments", kind: type = dict) -> Any:
-    """What the run's args.json holds under this name. ValueError where there is none of this kind."""
+def read_record(folder: Path, name: str = "arguments") -> Any:
+    """What the run's args.json holds under this name. ValueError where it holds nothing."""
     record = folder / "args.json"
     try:
-        content = json.loads(record.read_text())[name]
+        return json.loads(record.read_text())[name]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{record} holds no run's {name} ({type(error).__name__})") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{record} holds no run's {name} (not a {kind.__name__})")
-    return content
 
 
 def restore_surroundings(folder: Path, device: torch.device) -> None:
@@ -264,8 +261,8 @@ def restore_surroundings(folder: Path, device: torch.device) -> None:
 
     ValueError where the run's args.json is damaged.
     """
-    before = {"commit": read_record(folder, "commit", str)}
-    before |= read_record(folder, "versions") | read_record(folder, "hardware")
+    before = {"commit": read_record(folder, "commit"), **read_record(folder, "versions")}
+    before |= read_record(folder, "hardware")
     torch.set_num_threads(before["threads"])
     now = _hardware(device) | {"torch": torch.__version__, "commit": _commit()}
     names = ("commit", "torch", "gpu", "ranks") if now["gpu"] else ("commit", "torch", "gpu", "ranks", "cpu")
