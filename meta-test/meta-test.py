@@ -20,7 +20,7 @@ from training.arguments import (
     net_files,
     parse_run_arguments,
 )
-from training.building import average_of, network_of, start, task_of
+from training.building import network_of, start, task_of
 from training.command_line import Parser, number, number_or, show_safely, user_errors
 from training.measuring import chosen_gamma, measure
 from training.trainer import Trainer
@@ -120,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.schedule, args.optimizer, network, task, args.num_epoch, lr, args.momentum, args.wd,
                 args.beta, meta_stream,
             )
-        average = average_of(args, network, args.num_epoch * task.steps_per_epoch)
-        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, measurement)
+        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, measurement)
     return trainer.run()
 
 

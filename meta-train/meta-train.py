@@ -11,7 +11,7 @@ sys.path.insert(0, str(SCRIPT.parents[1]))
 from data.meta_stream import MetaStream, schedule_arguments
 from mlr_snet import MetaMLRSNetLR, MLRSNet, steps_between_updates
 from training.arguments import FILES, add_run_arguments, add_scale, add_task_arguments, parse_run_arguments
-from training.building import average_of, network_of, start, task_of
+from training.building import network_of, start, task_of
 from training.command_line import Parser, number, number_or, show_safely, user_errors
 from training.measuring import chosen_gamma
 from training.trainer import Trainer
@@ -63,12 +63,11 @@ def main(argv: list[str] | None = None) -> int:
             t_val=t_val, lr=args.lr, meta_point=args.meta_point,
             average_decay=args.average_decay if args.meta_point == "average" and args.average_decay != "auto" else None,
         )
-        average = schedule.average or average_of(args, network, schedule.num_steps)
 
         def save_net(epoch: int) -> None:
             save(args.out / f"mlr_snet_{epoch}.pth", {name: value.cpu() for name, value in net.state_dict().items()})
 
-        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, average, measurement, save_net)
+        trainer = Trainer(args, task, network, optimizer, schedule, meta_stream, measurement, save_net)
     return trainer.run()
 
 

@@ -1,4 +1,4 @@
-"""What a run is built of, from its flags: the process, the task, the network, the average of its weights."""
+"""What a run is built of, from its flags: the process, the task and the network."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,6 @@ from torch import nn
 from data import TEXTS, build_task
 from data.images import ImageTask
 from data.text import TextTask
-from mlr_snet_optim.average import Average
 from models import build_network
 from training.command_line import agree, end_with_launcher
 from training.folder import restore_surroundings
@@ -96,10 +95,3 @@ def load_weights(network: nn.Module, path: Path) -> None:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a foreign file fails in many ways; each ends in this one line
         raise ValueError(f"init {path}: no weights of this network ({type(error).__name__})") from error
-
-
-def average_of(args: argparse.Namespace, network: nn.Module, num_steps: int) -> Average | None:
-    """The running average of the weights, where the run asks for one."""
-    if not args.average:
-        return None
-    return Average(network, Average.decay_for(num_steps) if args.average_decay == "auto" else args.average_decay)

@@ -86,12 +86,11 @@ class Trainer:
         optimizer: Optimizer,
         schedule: Schedule,
         meta_stream: MetaStream,
-        average: Average | None = None,
         measurement: Measurement | None = None,
         after_epoch: Callable[[int], None] = lambda epoch: None,
     ):
         self.args, self.task, self.network = args, task, network
-        self.optimizer, self.schedule, self.average, self.after_epoch = optimizer, schedule, average, after_epoch
+        self.optimizer, self.schedule, self.after_epoch = optimizer, schedule, after_epoch
         self.num_steps = args.num_epoch * task.steps_per_epoch
         self.step, self.hidden, self.last_lr = 0, None, 0.0
         self.saved_step: int | None = None
@@ -105,9 +104,12 @@ class Trainer:
             "network": network, "optimizer": optimizer, "schedule": schedule, "meta_stream": meta_stream,
             "metrics": self.metrics, "cost": self.cost,
         }
-        self.moves_average = average is not None and average is not getattr(schedule, "average", None)
+        kept: Average | None = getattr(schedule, "average", None)  # which moves with the schedule
+        self.average = kept if args.average else None
+        self.moves_average = args.average and not kept
         if self.moves_average:
-            parts["average"] = average
+            decay = Average.decay_for(self.num_steps) if args.average_decay == "auto" else args.average_decay
+            self.average = parts["average"] = Average(network, decay)
         if measurement:
             parts["measurement"] = measurement
         self.checkpoint = Checkpoint(args, task.fingerprint(), parts)
@@ -149,7 +151,8 @@ class Trainer:
             if not failure:
                 raise
             if rank() == 0 or not isinstance(error, (FloatingPointError, RanksDiffer)):  # these two hit all ranks alike
-                tqdm.write(f"{failure}; {self._last_checkpoint()}", file=sys.stderr)
+                good = "none" if self.saved_step is None else f"the checkpoint of step {self.saved_step}"
+                tqdm.write(f"{failure}; last good checkpoint: {good}", file=sys.stderr)
             return 2 if isinstance(error, ValueError) else 1
         finally:
             self.lock.release()
@@ -278,7 +281,7 @@ class Trainer:
             return row
         with evaluating(self.optimizer, self.network, self.task):  # where schedule-free swaps the weights
             row |= self.task.evaluate(self.network)
-            if self.average and self.args.average:
+            if self.average:
                 name = f"test_{self.task.metric}"
                 with evaluating_average(self.average, self.task):
                     row[f"{name}_average"] = self.task.evaluate(self.network)[name]
@@ -319,10 +322,6 @@ class Trainer:
     def _save_networks(self) -> None:
         with evaluating(self.optimizer, self.network, self.task):
             save(self.args.out / "network.pth", self.network.state_dict())
-            if self.average and self.args.average:
+            if self.average:
                 with evaluating_average(self.average, self.task):
                     save(self.args.out / "network_average.pth", self.network.state_dict())
-
-    def _last_checkpoint(self) -> str:
-        step = "none" if self.saved_step is None else f"the checkpoint of step {self.saved_step}"
-        return f"last good checkpoint: {step}"
