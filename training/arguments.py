@@ -18,7 +18,6 @@ from utils import ROOT, plain
 IMAGE_DEFAULTS = {"num_epoch": 200, "batch_size": 128, "wd": 5e-4, "num_meta": 0, "image_size": None, "workers": None,
                   "skip_bad_images": False, "corruption": None, "severity": None, "label_noise": None,
                   "noise_kind": None, "predict": "class", "accumulate": 1}
-IMAGENET_DEFAULTS = {"num_epoch": 90}
 TEXT_DEFAULTS = {"num_epoch": 150, "batch_size": 32, "wd": 5e-6, "seq_len": 35, "tokens": "word", "embed_size": 512,
                  "dropout": 0.5, "clip": 0.25}
 
@@ -137,12 +136,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_run_arguments(
-    parser: Parser, script: Path, argv: list[str] | None, network: str, **defaults: Any
+    parser: Parser, script: Path, argv: list[str] | None, network: str, num_meta: int = 0
 ) -> tuple[argparse.Namespace, set[str]]:
     """The arguments, with --out and the defaults settled, and the names of those that the command line gives.
 
-    --resume takes the run's own arguments and refuses others. `network` is the default for images, and `defaults` are
-    the script's own for flags of the images.
+    --resume takes the run's own arguments and refuses others. `network` and `num_meta` are the defaults for images.
     """
     args = parser.parse_args(argv)
     unset = object()
@@ -156,7 +154,7 @@ def parse_run_arguments(
             args = _resumed(parser, args, given)
         else:
             refuse_used(args.out)
-        _settle(args, defaults)
+        _settle(args, num_meta)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args, given
@@ -206,7 +204,7 @@ def _settle_problem(args: argparse.Namespace, network: str) -> None:
     args.network = args.network or ("lstm2" if is_text else network)
 
 
-def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+def _settle(args: argparse.Namespace, num_meta: int) -> None:
     """Give the flags that were left out the defaults of the modality. ValueError for those that do not fit."""
     is_text = args.dataset in TEXTS
     fitting = LANGUAGE_MODELS if is_text else IMAGE_NETWORKS
@@ -222,11 +220,10 @@ def _settle(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
         raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")
     if not is_text and (args.predict == "noise") != (args.network == "denoiser"):
         raise ValueError("--network denoiser and --predict noise belong together; give both")
-    own, other = (TEXT_DEFAULTS, IMAGE_DEFAULTS) if is_text else (IMAGE_DEFAULTS | defaults, TEXT_DEFAULTS)
+    images = IMAGE_DEFAULTS | {"num_meta": min(num_meta, PUBLISHED_CORRUPTED.get(args.dataset, num_meta))}
     if args.dataset == "imagenet":
-        own = own | IMAGENET_DEFAULTS
-    if args.dataset in PUBLISHED_CORRUPTED:
-        own = own | {"num_meta": min(defaults.get("num_meta", 0), PUBLISHED_CORRUPTED[args.dataset])}
+        images["num_epoch"] = 90
+    own, other = (TEXT_DEFAULTS, images) if is_text else (images, TEXT_DEFAULTS)
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} does not apply to --dataset {args.dataset}; leave it out")
