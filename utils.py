@@ -113,14 +113,11 @@ def data_parallel(network: nn.Module) -> nn.Module:
 @contextmanager
 def averaged_gradients(network: nn.Module) -> Iterator[None]:
     """Inside the block backward() leaves the mean of the ranks' gradients in .grad, without DistributedDataParallel."""
-    handles = []
-    if world_size() > 1:
-        handles = [parameter.register_hook(all_reduce_mean) for parameter in network.parameters()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        if world_size() > 1:
+            for parameter in network.parameters():
+                hooks.enter_context(parameter.register_hook(all_reduce_mean))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def broadcast_buffers(network: nn.Module) -> None:

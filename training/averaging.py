@@ -54,4 +54,3 @@ def evaluating_average(average: Average, task: Any) -> Iterator[None]:
     """The average's network at the averaged weights inside the block, ready to be evaluated; restored on exit."""
     with average.averaged_weights() as network, fresh_statistics(network, task):
         yield
-
