@@ -15,7 +15,7 @@ from mlr_snet import Task, has_paper_scale
 from mlr_snet_scale import MeasuredScale, Trial, measure_lr_scale
 from training.command_line import outside_cause
 from training.log import say, warn
-from training.pictures import draw_scale
+from training.pictures import draw_scale, write_picture
 from utils import averaged_gradients, write_atomically
 
 FILE = "lr_scale.json"
@@ -42,7 +42,7 @@ class Measurement:
                    "num_steps": self.result.num_steps, "seconds": self.seconds,
                    "refusal": self.result.refusal, "trials": [asdict(trial) for trial in self.result.trials]}
         write_atomically(folder / FILE, json.dumps(content, indent=1).encode())
-        draw_scale(folder / "lr_scale.png", self.result)
+        write_picture(folder / "lr_scale.png", draw_scale, self.result)
 
 
 def read(folder: Path) -> Measurement:

@@ -27,7 +27,7 @@ from training.command_line import outside_cause
 from training.folder import Cost, FolderLock, Metrics, contents, provenance
 from training.log import Log, say, warn
 from training.measuring import Measurement
-from training.pictures import draw_run
+from training.pictures import draw_run, write_picture
 from utils import (
     TEMPORARIES,
     all_gather,
@@ -181,7 +181,7 @@ class Trainer:
             return 128 + stop_signal
         self._write_metrics()
         self._save_networks()
-        draw_run(self.args.out / "run.png", self.metrics.rows)
+        write_picture(self.args.out / "run.png", draw_run, self.metrics.rows)
         return 0
 
     def _failure(self, error: Exception) -> str:
