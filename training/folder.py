@@ -79,7 +79,7 @@ class Metrics:
     def write(self, path: Path) -> None:
         """metrics.csv."""
         text = io.StringIO()
-        table = csv.DictWriter(text, max(self.rows, key=lambda row: len(row)).keys())
+        table = csv.DictWriter(text, max(self.rows, key=len).keys())
         table.writeheader()
         table.writerows(self.rows)
         write_atomically(path, text.getvalue().encode())

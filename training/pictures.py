@@ -45,15 +45,10 @@ def write_picture(path: Path, draw: Callable[..., Any], *content: Any) -> None:
         warn(f"{path.name} could not be drawn ({first_line(error)})")
 
 
-def columns_of(rows: list[dict[str, float]], *names: str) -> list[list[float]]:
-    """The values of each of the columns, from the rows that have them all."""
-    whole = [row for row in rows if all(name in row for name in names)]
-    return [[row[name] for row in whole] for name in names]
-
-
-def draw_curve(panel: Any, points: list[list[float]], style: str, **options: Any) -> None:
-    """A line through the points, given as their x and their y, or a dot where there is one."""
-    panel.plot(*points, style, marker="o" if len(points[0]) == 1 else None, **options)
+def draw_curve(panel: Any, rows: list[dict[str, float]], name: str, style: str, **options: Any) -> None:
+    """A line through the column's values over the epochs that have one, or a dot where there is one epoch."""
+    points = [(row["epoch"], row[name]) for row in rows if name in row]
+    panel.plot(*zip(*points, strict=True), style, marker="o" if len(points) == 1 else None, **options)
 
 
 def draw_run(path: Path, rows: list[dict[str, float]]) -> Any:
@@ -71,12 +66,12 @@ def draw_run(path: Path, rows: list[dict[str, float]]) -> Any:
                   f"test_{column}_average": ("k-", "test, averaged weights")}
         for name, (style, title) in curves.items():
             if name in rows[-1]:
-                draw_curve(panel, columns_of(rows, "epoch", name), style, label=title)
+                draw_curve(panel, rows, name, style, label=title)
         panel.set(xlabel="epoch", ylabel=label)
         if column == "r2":
             panel.set_ylim(0, 100)  # an untrained network can explain −1000 %
         panel.legend(fontsize="small")
-    draw_curve(panels[2], columns_of(rows, "epoch", "lr"), "k-")
+    draw_curve(panels[2], rows, "lr", "k-")
     panels[2].set(xlabel="epoch", ylabel="learning rate (mean of the epoch)")
     panels[2].set_ylim(0, 1.05 * panels[2].get_ylim()[1])  # keeps a constant rate off the frame
     for panel in panels:
