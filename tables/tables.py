@@ -26,15 +26,10 @@ from runs import collect, read, write
 from specs import TABLES
 from writing import read_jsonl, write_index
 
-from data import TEXTS
 from training.command_line import Parser, folder, number, show_safely, user_errors
 from training.folder import FolderLock, read_record
 
-NOT_FOR_SET = {  # flags that a table gives to its runs itself
-    "seed": "use --seeds N for the seeds 0 to N - 1",
-    "out": "use --out for the folder of the tables",
-    "resume": "leave it out; a table resumes its stopped runs by itself",
-}
+NOT_FOR_SET = ("seed", "out", "resume")  # a table gives them to its runs itself
 NUMBERS = {  # flags that a table reads itself, to name its lines
     "num-epoch": number(int, 1), "limit-train": number(int, 1), "momentum": number(float, 0),
     "label-noise": number(float, 0),
@@ -52,11 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paper (the paper's setting), desk (two cores and hours) or smoke (minutes, without a download) "
         "(default: desk)")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1 of every run (default: 3)")
-    add("--more-seeds", nargs="+", action="extend", default=[], metavar="METHOD=N",
+    add("--more-seeds", type=more_seeds, nargs="+", action="extend", default=[], metavar="METHOD=N",
         help="methods with more seeds than the others")
     add("--only", nargs="+", action="extend", choices=METHODS, metavar="METHOD", default=[],
         help=f"methods to run and to show: some of {', '.join(METHODS)} (default: the table's)")
-    add("--set", nargs="+", action="extend", default=[], metavar="FLAG=VALUE", dest="overrides",
+    add("--set", type=override, nargs="+", action="extend", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="arguments of the runs that override the preset's, such as data-root=DIR or num-epoch=10; "
         "image-root=DIR text-root=DIR give images and text their own")
 
@@ -64,9 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=number(int, 1), metavar="N",
         help="runs side by side on this machine, sharing its cores (default: 1)")
     add("--slurm", action="store_true", help="submit the runs as jobs to a Slurm cluster (needs the package submitit)")
-    add("--slurm-option", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="slurm_options",
-        help="options of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 timeout_min=60 (default: 240 "
-        "minutes and 1 CPU); cluster=local runs them on this machine")
+    add("--slurm-option", type=assignment, nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        dest="slurm_options", help="options of the jobs, such as partition=NAME gpus_per_node=1 cpus_per_task=4 "
+        "timeout_min=60 (default: 240 minutes and 1 CPU); cluster=local runs them on this machine")
     add("--help", "-h", action="help", help="show this and exit")
 
     add = parser.add_argument_group("report").add_argument
@@ -80,100 +75,73 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--render", nargs="+", action="extend", type=folder, metavar="DIR",
         help="write the page and pictures of finished results again, from their runs.jsonl and metrics.csv, and exit")
     args = parser.parse_args(argv)
-    if not (args.list or args.render or args.table):
-        parser.error(f"--table: choose from {', '.join(TABLES)}")
     if args.render and vars(args) != vars(parser.parse_args(["--render", *map(str, args.render)])):
         parser.error("--render takes everything else from the results; leave the other flags out")
-    if args.table and args.preset not in TABLES[args.table].preset_names:
-        parser.error(f"--preset {args.preset}: {args.table} has only {' and '.join(TABLES[args.table].preset_names)}")
-    if args.slurm_options and not args.slurm:
-        parser.error("--slurm-option belongs to --slurm; leave it out")
-    if args.open and not is_available():
-        parser.error("--open: the page of a table needs the package bokeh; pip install bokeh")
-    if args.slurm and args.jobs:
-        parser.error("--jobs is for one machine; leave it out with --slurm")
-    args.only = list(dict.fromkeys(args.only))
-    if args.table:
-        own = [*TABLES[args.table].methods, *TABLES[args.table].text_methods]
-        for name in args.only:
-            if TABLES[args.table].text_methods and name not in own:
-                parser.error(f"--only {name}: no line of {args.table} runs it; leave it out")
-        for name in args.highlight:
-            if name not in (args.only or own):
-                parser.error(f"--highlight {name}: the table does not run it; leave it out")
-    try:
-        args.slurm_options = parse_words(args.slurm_options)
-    except ValueError as error:
-        parser.error(f"--slurm-option {error}")
-    try:
-        args.more_seeds = parse_more_seeds(args) if args.table else {}
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--more-seeds {error}")
-    try:
-        args.overrides = parse_overrides(args.overrides)
-        if args.table:
-            check_overrides(args)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--set {error}")
+    if not (args.list or args.render):
+        try:
+            check(args)
+        except ValueError as error:
+            parser.error(str(error))
+    args.slurm_options, args.more_seeds = dict(args.slurm_options), dict(args.more_seeds)
+    args.overrides = dict(args.overrides)
     return args
 
 
-def parse_words(words: list[str]) -> dict[str, str]:
-    """NAME=VALUE words as a dictionary. ValueError for a malformed one or a duplicate."""
-    values: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not name or not equals:
-            raise ValueError(f"{word}: give NAME=VALUE")
-        if name in values:
-            raise ValueError(f"{name}: duplicate; give it once")
-        values[name] = value
-    return values
+def assignment(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text}: give NAME=VALUE")
+    return name, value
 
 
-def parse_more_seeds(args: argparse.Namespace) -> dict[str, int]:
-    """The words of --more-seeds. ValueError for a malformed one, a duplicate or a method that is not in the table."""
-    more_seeds = {}
-    for name, value in parse_words(args.more_seeds).items():
-        table = TABLES[args.table]
-        if name not in (args.only or [*table.methods, *table.text_methods]):
-            raise ValueError(f"{name}: choose one of the methods of {args.table}, or of --only where that is given")
-        more_seeds[name] = number(int, args.seeds + 1)(value)
-    return more_seeds
+def more_seeds(text: str) -> tuple[str, int]:
+    """An argparse type: METHOD=N."""
+    name, value = assignment(text)
+    return name, number(int, 1)(value)
 
 
-def parse_overrides(words: list[str]) -> dict[str, str]:
-    """The words of --set as a dictionary. ValueError for one that is malformed, a duplicate or not for --set."""
-    given = parse_words([word.removeprefix("--") for word in words])
-    overrides = {flag.replace("_", "-"): value for flag, value in given.items()}
-    for flag in overrides:
-        if flag in NOT_FOR_SET:
-            raise ValueError(f"{flag}: {NOT_FOR_SET[flag]}")
-    for flag, is_number in NUMBERS.items():
-        if flag in overrides:
-            try:
-                is_number(overrides[flag])
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"{flag}: {error}") from None
-    return overrides
+def override(text: str) -> tuple[str, str]:
+    """An argparse type: FLAG=VALUE of a script."""
+    name, value = assignment(text)
+    flag = name.replace("_", "-")
+    if flag in NOT_FOR_SET:
+        raise argparse.ArgumentTypeError(f"{flag}: a table gives it to its runs itself; see --seeds and --out")
+    if flag in NUMBERS:
+        NUMBERS[flag](value)
+    return flag, value
 
 
-def check_overrides(args: argparse.Namespace) -> None:
-    """ValueError for an override of what the table's lines differ in or do not have, or what a method sets itself."""
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that do not go together."""
+    if not args.table:
+        raise ValueError(f"--table: choose from {', '.join(TABLES)}")
     table = TABLES[args.table]
-    datasets = [args.overrides.get("dataset", line["dataset"]) for line in table.lines(args.preset)]
-    for flag, has_lines in {"image-root": any(name not in TEXTS for name in datasets),
-                            "text-root": any(name in TEXTS for name in datasets)}.items():
-        if flag in args.overrides and ("data-root" in args.overrides or not has_lines):
-            raise ValueError(f"{flag}: leave it out beside data-root, and where a table has no such lines")
-    for flag in args.overrides:
+    own = [*table.methods, *table.text_methods]
+    if args.preset not in table.preset_names:
+        raise ValueError(f"--preset {args.preset}: {args.table} has only {' and '.join(table.preset_names)}")
+    if args.slurm_options and not args.slurm:
+        raise ValueError("--slurm-option belongs to --slurm; leave it out")
+    if args.slurm and args.jobs:
+        raise ValueError("--jobs is for one machine; leave it out with --slurm")
+    if args.open and not is_available():
+        raise ValueError("--open: the page of a table needs the package bokeh; pip install bokeh")
+    for flag, names, allowed in (
+        ("--only", args.only, own if table.text_methods else METHODS),
+        ("--highlight", args.highlight, args.only or own),
+        ("--more-seeds", dict(args.more_seeds), args.only or own),
+    ):
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"{flag} {name}: {args.table} does not run it; leave it out")
+    for flag, _ in args.overrides:
         values = {line.get(flag) for line in table.lines(args.preset)}
         if None not in values and len(values) > 1:
-            raise ValueError(f"{flag}: the lines of {args.table} differ in it; leave it out")
+            raise ValueError(f"--set {flag}: the lines of {args.table} differ in it; leave it out")
         for name in args.only or table.methods:
             sets_lr = METHODS[name].script == "meta-train" or name == CONSTANT  # there it is Adam's on the net
             if flag in METHODS[name].flags or (flag == "lr" and sets_lr):
-                raise ValueError(f"{flag}: the method {name!r} sets it; leave it out, or choose others with --only")
+                raise ValueError(f"--set {flag}: the method {name!r} sets it; leave it out, or choose others by --only")
 
 
 def check_cells(cells: list[Cell]) -> None:
