@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import importlib.util
 import io
+import runpy
 import shlex
 import sys
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import Any
 
 SCRIPT = Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
@@ -148,36 +147,24 @@ def check_cells(cells: list[Cell]) -> None:
     """ValueError where two lines have become one, where one ends without a test, and with a script's own line where it
     refuses the arguments of a cell.
     """
-    parsers: dict[str, Any] = {}
     places = [(cell.problem, line, cell.method.name, cell.seed) for cell in cells for line in cell.lines]
     if len(set(places)) < len(places):
         raise ValueError("--set makes two lines of the table one; leave out what they differ in")
+    scripts = {cell.method.script for cell in cells}
+    parsers = {name: runpy.run_path(str(ROOT / name / f"{name}.py"))["parse_args"] for name in scripts}
     with tempfile.TemporaryDirectory() as empty:
         for cell in cells:
-            script = cell.method.script
-            if script not in parsers:
-                parsers[script] = load_script(script).parse_args
             errors = io.StringIO()
             try:
-                with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-                    parsers[script]([*cell.flags, "--out", f"{empty}/run"])
+                with contextlib.redirect_stderr(errors):
+                    parsers[cell.method.script]([*cell.flags, "--out", f"{empty}/run"])
             except SystemExit:
-                lines = errors.getvalue().strip().splitlines() or ["error: an argument that prints help and exits"]
-                reason = lines[-1].split("error: ", 1)[-1]
+                reason = errors.getvalue().strip().rpartition("error: ")[2]
                 raise ValueError(f"{cell.method.name} on {cell.problem}: {reason}") from None
             every = int(cell.arguments.get("test-every", 1))
             untested = [length for length in cell.lines.values() if length % every and length < cell.num_epochs]
             if untested:
                 raise ValueError(f"test-every {every}: a line ends after {untested[0]} epochs, without a test there")
-
-
-def load_script(name: str) -> Any:
-    """meta-train or meta-test as a module."""
-    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), ROOT / name / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main(argv: list[str] | None = None) -> int:

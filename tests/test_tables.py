@@ -288,7 +288,6 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "own", "--set", "colour=red"], "unrecognized arguments: --colour red"),
     (["--table", "own", "--set", "batch-size=0"], "--batch_size: 0: must be at least 1"),
     (["--table", "own", "--set", "wd="], "--wd: expected one argument"),
-    (["--table", "own", "--set", "help="], "prints help"),
     (["--table", "datasets", "--only", "fixed", "wsd"], "--only wsd: datasets does not run it"),
     (["--table", "cifar10-resnet", "--set", "lr=0.05"], "--set lr: the method 'MLR-SNet (learning)' sets it"),
     (["--table", "untuned", "--only", "cosine (constant)", "--set", "lr=0.3"], "--set lr: the method 'cosine (const"),
