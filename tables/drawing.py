@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import Record, places_of, unit_of
+from records import Record, by_group, places_of, unit_of
 
 from training.pictures import save, subplots
 
@@ -43,12 +43,11 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
     (of the averaged weights as well, where there are any), and LR, against epochs.
     """
     records = [record for record in records if "runs" in record]
-    groups = list(dict.fromkeys(record["group"] for record in records))
+    groups = by_group(records)
     is_averaged = any("average_mean" in record for record in records)
     figure, panels = subplots(max(1, len(groups)), 4 if is_averaged else 3, width=4.6, height=3.8)
     chosen = coloured(records, highlight)
-    for row, group in zip(panels, groups, strict=False):  # no group where every run diverged
-        members = [record for record in records if record["group"] == group]
+    for row, members in zip(panels, groups.values(), strict=False):  # no group where every run diverged
         metric, unit = members[0]["metric"], unit_of(members)
         shown = {"train_loss": "training loss (nats)", metric: unit}
         if is_averaged:

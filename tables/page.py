@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from drawing import COLOURS, coloured
-from records import UNITS, Record
+from records import UNITS, Record, by_group
 
 from utils import write_atomically
 
@@ -55,8 +55,7 @@ def write_html(path: Path, title: str, records: list[Record], highlight: Sequenc
     )
     parts = [Div(text=head, width=1200)]
     shown = coloured([record for record in records if "runs" in record], highlight)
-    for group in dict.fromkeys(record["group"] for record in records):
-        members = [record for record in records if record["group"] == group]
+    for members in by_group(records).values():
         parts.append(Div(text=f"<h2>{html.escape(members[0]['title'])}</h2>"))
         finished = [record for record in members if "runs" in record]
         if finished:

@@ -118,12 +118,16 @@ def spread(record: Record, name: str) -> str:
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
+def by_group(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups = dict.fromkeys(record["group"] for record in records)
+    return {group: [record for record in records if record["group"] == group] for group in groups}
+
+
 def places_of(records: list[Record]) -> Counter[str]:
     """Every method's places among the best, summed over the groups; the smallest is the best."""
     places: Counter[str] = Counter()
-    for group in dict.fromkeys(record["group"] for record in records):
-        members = sorted([record for record in records if record["group"] == group], key=_badness)
-        for place, record in enumerate(members):
+    for members in by_group(records).values():
+        for place, record in enumerate(sorted(members, key=_badness)):
             places[record["method"]] += place
     return places
 

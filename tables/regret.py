@@ -15,7 +15,7 @@ from pathlib import Path
 
 from drawing import COLOURS, style_of
 from methods import GRID
-from records import LOW_IS_GOOD, STEPS, Record, leading, spread
+from records import LOW_IS_GOOD, STEPS, Record, by_group, leading, spread
 from runs import Run
 from scipy import stats
 from writing import MOST_ROWS, markdown, write_csv
@@ -66,13 +66,14 @@ def zero_marks(records: list[Record]) -> dict[str, Record]:
     """The record of the best cosine of every group, of equal ones that from the lowest peak. A group where no peak
     finished has none.
     """
-    best: dict[str, Record] = {}
-    grid = [record for record in records if record["method"] in GRID and _has_finished(record)]
-    for record in sorted(grid, key=lambda record: GRID[record["method"]]):
-        group = record["group"]
-        if group not in best or _difference(record["last_mean"], best[group]["last_mean"], record["metric"]) < 0:
-            best[group] = record
-    return best
+    marks = {}
+    for group, members in by_group(records).items():
+        grid = [record for record in members if record["method"] in GRID and _has_finished(record)]
+        if grid:
+            grid.sort(key=lambda record: GRID[record["method"]])
+            best = min if grid[0]["metric"] in LOW_IS_GOOD else max
+            marks[group] = best(grid, key=lambda record: record["last_mean"])
+    return marks
 
 
 def _has_finished(record: Record) -> bool:
@@ -89,21 +90,19 @@ def regrets_of(records: list[Record]) -> list[Record]:
     marks = zero_marks(records)
     regrets = []
     for record in records:
-        if record["group"] not in marks or record["method"] in GRID:
+        mark = marks.get(record["group"])
+        if mark is None or record["method"] in GRID:
             continue
-        mark = marks[record["group"]]
-        regret = {"group": record["group"], "method": record["method"], "is_ours": record["is_ours"]}
-        regret["unit"] = "%" if mark["metric"] in LOW_IS_GOOD else "points"
+        is_done = _has_finished(record)
         for weights, column in WEIGHTS.items():
-            if column not in mark:
-                continue
-            if _has_finished(record):
-                by_seed = _by_seed(record, mark, weights)
-                found = {"result": record[column], "regret": statistics.mean(by_seed), "by_seed": by_seed,
-                         "relative_steps": record.get("relative_steps")}
-            else:
-                found = {"result": None, "regret": math.inf, "by_seed": [math.inf], "relative_steps": None}
-            regrets.append(regret | {"weights": weights} | found)
+            if column in mark:
+                by_seed = _by_seed(record, mark, weights) if is_done else [math.inf]
+                regrets.append({
+                    "group": record["group"], "method": record["method"], "is_ours": record["is_ours"],
+                    "weights": weights, "unit": "%" if mark["metric"] in LOW_IS_GOOD else "points",
+                    "result": record[column] if is_done else None, "regret": statistics.mean(by_seed),
+                    "by_seed": by_seed, "relative_steps": record.get("relative_steps") if is_done else None,
+                })
     return regrets
 
 
@@ -195,8 +194,7 @@ def _with_interval(summary: Record, unit: str) -> str:
 
 def _each_problem(records: list[Record], methods: Sequence[str]) -> list[str]:
     """The results of these methods and of the best cosine on every problem, where there are few problems."""
-    best = zero_marks(records)
-    marks = {group: best[group] for group in dict.fromkeys(record["group"] for record in records) if group in best}
+    marks = zero_marks(records)
     if len(marks) > FEW:
         return []
     rows = [["live / averaged weights", *marks]]
@@ -215,8 +213,7 @@ def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
     """The best peak of the grid on every problem, and the measured rate beside it."""
     marks = zero_marks(records)
     peaks = []
-    for group in dict.fromkeys(record["group"] for record in records):
-        members = [record for record in records if record["group"] == group]
+    for group, members in by_group(records).items():
         measured = measured_lr(runs, members)
         peak: Record = {"group": group, "measured": measured, "measured_over_best": None}
         if group in marks:

@@ -21,7 +21,7 @@ from page import is_available, write_html
 from race import Race
 from records import summarise
 from report import render
-from runs import collect, read, write
+from runs import collect, write
 from specs import TABLES
 from writing import read_jsonl, write_index
 
@@ -213,10 +213,10 @@ def run_table(args: argparse.Namespace, command: str) -> int:
             print("stopped; the same command resumes")
             return 130
         header = {"table": args.table, "command": command, "target": args.target, "highlight": args.highlight}
-        write(out, header, collect(cells, out / "runs"))
+        runs = collect(cells, out / "runs")
+        write(out, header, runs)
         render(out)
         if is_available():
-            _, runs = read(out)
             write_html(out / "table.html", table.title, summarise(runs, args.target), args.highlight)
     print((out / "README.md").read_text("utf-8"))
     if args.open:
