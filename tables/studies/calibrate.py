@@ -96,14 +96,19 @@ def final(problem: Problem, data: Data, seed: int, peak: float, num_steps: int) 
     return {"loss": round(loss, 4), "accuracy": round(accuracy, 2)}
 
 
-def trace(problem: Problem, training: Training, rates: list[float], stream: int, is_range: bool) -> dict[str, Any]:
-    """The losses of the steps, and of a range test the guess that its first ones give."""
-    losses = training.run(rates, stream)
-    if not is_range:
-        return {"losses": losses}
+def range_test(training: Training) -> dict[str, Any]:
+    """The losses of a range test around the usual rate, and the guess that its first ones give."""
+    problem = training.problem
+    losses = training.run(sweep(problem.usual / 1000, problem.usual * 100), stream=2)
     optimizer = OPTIMIZERS[problem.optimizer](training.network.parameters())
     start = statistics.fmean(losses[:UNTRAINED_STEPS])
     return {"losses": losses, "guess": guessed_scale(optimizer, start, training.data.num_outputs, problem.is_text)}
+
+
+def trial(training: Training, octave: int) -> dict[str, Any]:
+    """The losses of a short cosine from usual · 2^octave."""
+    rates = cosine(training.problem.usual * 2.0**octave, TRIAL_STEPS)
+    return {"losses": training.run(rates, stream=3 + OCTAVES.index(octave))}
 
 
 def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str, Any]:
@@ -139,15 +144,11 @@ def run_grid(problem: Problem, data: Data, num_steps: int, cache: Cache) -> None
 
 
 def run_traces(problem: Problem, data: Data, cache: Cache) -> None:
-    """A range test around the usual rate, and short cosines from usual · 2^k: the losses of their steps."""
-    usual = problem.usual
-    plans = {("range", RANGE_STEPS, 0): sweep(usual / 1000, usual * 100)}
-    plans |= {("trial", TRIAL_STEPS, octave): cosine(usual * 2.0**octave, TRIAL_STEPS) for octave in OCTAVES}
     for seed in range(TRACE_SEEDS):
         training = Training(problem, data, 100 + seed)
-        for stream, (plan, rates) in enumerate(plans.items(), start=2):  # the streams of the recorded traces
-            key = (problem.name, *plan, seed)
-            cache.get(key, trace, problem, training, rates, stream, plan[0] == "range")
+        cache.get((problem.name, "range", RANGE_STEPS, 0, seed), range_test, training)
+        for octave in OCTAVES:
+            cache.get((problem.name, "trial", TRIAL_STEPS, octave, seed), trial, training, octave)
 
 
 def run_measure(problem: Problem, data: Data, num_steps: int, cache: Cache) -> None:
@@ -356,15 +357,12 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         header = {"study": "calibrate", **provenance(args), "command": command}
         cache = Cache(args.out / "runs.jsonl", header)
-        loaded: dict[tuple[str, int], Data] = {}
         for problem in chosen:
-            key = problem.data, problem.size
-            if key not in loaded:
-                loaded[key] = load_data(args.data_root, *key)
-            run_traces(problem, loaded[key], cache)
+            data = load_data(args.data_root, problem.data, problem.size)
+            run_traces(problem, data, cache)
             for num_steps in problem.lengths:
-                run_grid(problem, loaded[key], num_steps, cache)
-                run_measure(problem, loaded[key], num_steps, cache)
+                run_grid(problem, data, num_steps, cache)
+                run_measure(problem, data, num_steps, cache)
             print(problem.name, flush=True)
         render(args.out)
     return 0

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,16 +43,9 @@ def convnet(norm: bool) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-def shuffle_net() -> nn.Module:
-    """Four units of ShuffleNetV2, narrow."""
-    units = [Unit(16, 48, 2), Unit(48, 48, 1), Unit(48, 96, 2), Unit(96, 96, 1)]
-    return nn.Sequential(convolution(3, 16, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
-
-
-def mobile_net() -> nn.Module:
-    """Four bottlenecks of MobileNetV2, narrow."""
-    units = [Bottleneck(16, 24, 2, 4), Bottleneck(24, 24, 1, 4), Bottleneck(24, 48, 2, 4), Bottleneck(48, 48, 1, 4)]
-    return nn.Sequential(convolution(3, 16, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
+def narrow(units: list[nn.Module], width: int) -> nn.Module:
+    """Units of a network for phones after a first convolution to 16 channels; the last one leaves `width`."""
+    return nn.Sequential(convolution(3, 16, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
 class Transformer(nn.Module):
@@ -78,10 +72,10 @@ class Transformer(nn.Module):
 class Recurrent(nn.Module):
     """One GRU or LSTM layer over characters."""
 
-    def __init__(self, vocabulary: int, cell: type[nn.GRU] | type[nn.LSTM], num_layers: int = 1, width: int = 96):
+    def __init__(self, vocabulary: int, cell: type[nn.GRU] | type[nn.LSTM], width: int = 96):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.cells = cell(width, width, num_layers, batch_first=True)
+        self.cells = cell(width, width, batch_first=True)
         self.decoder = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -101,8 +95,10 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {  # of the image size (t
     "conv-bn": lambda size, outputs: convnet(norm=True),
     "resnet8": lambda size, outputs: CifarResNet(1, 10),
     "resnet14": lambda size, outputs: CifarResNet(2, 10),
-    "shuffle": lambda size, outputs: shuffle_net(),
-    "mobile": lambda size, outputs: mobile_net(),
+    "shuffle": lambda size, outputs: narrow(
+        [Unit(16, 48, 2), Unit(48, 48, 1), Unit(48, 96, 2), Unit(96, 96, 1)], 96),
+    "mobile": lambda size, outputs: narrow(
+        [Bottleneck(16, 24, 2, 4), Bottleneck(24, 24, 1, 4), Bottleneck(24, 48, 2, 4), Bottleneck(48, 48, 1, 4)], 48),
     "patches": lambda size, outputs: Transformer(10, (size // 4) ** 2, causal=False),
     "gru": lambda size, outputs: Recurrent(outputs, nn.GRU),
     "lstm": lambda size, outputs: Recurrent(outputs, nn.LSTM),
@@ -206,6 +202,7 @@ class Data:
     num_outputs: int
 
 
+@cache
 def load_data(root: Path, name: str, size: int) -> Data:
     """One of the calibration's data sets. ValueError where its files are missing."""
     if name == "digits":
