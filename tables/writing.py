@@ -1,13 +1,17 @@
 """The files of a result: tables as CSV and Markdown, lines of JSON, and the page that says what it shows."""
 
+import argparse
 import csv
 import io
 import json
+import shlex
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.folder import provenance
 from utils import write_atomically
 
 MOST_ROWS = 12  # of a table on a page
@@ -41,6 +45,12 @@ def write_jsonl(path: Path, contents: Iterable[Any]) -> None:
 
 def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def study_header(study: str, args: argparse.Namespace, argv: list[str] | None) -> dict[str, Any]:
+    """The first line of a study's runs.jsonl: its provenance, and the command that repeats it."""
+    words = sys.argv[1:] if argv is None else argv
+    return {"study": study, **provenance(args), "command": shlex.join(["python", f"tables/studies/{study}.py", *words])}
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -10,7 +10,6 @@ import gc
 import itertools
 import math
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
-from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
+from writing import markdown, read_csv, read_jsonl, study_header, write_csv, write_jsonl, write_page
 
 from data import IMAGES
 from data.images import ImageData, ImageTask
@@ -49,7 +48,6 @@ from studies.benchmark_steps import (
     plain_step,
 )
 from training.command_line import number, show_safely, user_errors
-from training.folder import provenance
 from utils import build_optimizer, choose_algorithms, peak_memory_mib, pick_device, read_text
 
 WARM_UP = 2  # steps of every variant before it is measured
@@ -352,10 +350,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(setting: Setting, command: str) -> None:
+def measure(setting: Setting, header: dict[str, Any]) -> None:
     """Take every measurement that is asked for; all files are written anew after each."""
     args, rows = setting.args, []
-    header = {"study": "benchmark", **provenance(args), "command": command, "device": setting.device.type, "how": {}}
+    header |= {"device": setting.device.type, "how": {}}
     for name in args.only:
         print(f"measuring {name}", file=sys.stderr)
         how, numbers = MEASUREMENTS[name](setting)
@@ -371,7 +369,6 @@ def measure(setting: Setting, command: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    command = shlex.join(["python", "tables/studies/benchmark.py", *(argv if argv is not None else sys.argv[1:])])
     with user_errors(args):
         device = pick_device(args.device)
         choose_algorithms(deterministic=False)
@@ -380,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
             print(added_memory_mib(setting, args.memory_of))
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        measure(setting, command)
+        measure(setting, study_header("benchmark", args, argv))
         print((args.out / "README.md").read_text("utf-8"))
     return 0
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
 import torch
-from writing import markdown, read_jsonl, write_csv, write_jsonl, write_page
+from writing import markdown, read_jsonl, study_header, write_csv, write_jsonl, write_page
 
 from mlr_snet_scale import RANGE_STEPS, UNTRAINED_STEPS, guessed_scale, measure_lr_scale, smoothed
 from studies.calibration_problems import (
@@ -42,7 +41,6 @@ from studies.calibration_problems import (
     load_data,
 )
 from training.command_line import show_safely, user_errors
-from training.folder import provenance
 from utils import write_atomically
 
 TRIAL_STEPS = 15
@@ -349,14 +347,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(1)
-    command = shlex.join(["python", "tables/studies/calibrate.py", *(argv if argv is not None else sys.argv[1:])])
     with user_errors(args):
         chosen = [problem for problem in PROBLEMS if args.only in problem.name]
         if not chosen:
             raise ValueError(f"only {args.only}: is in the name of no problem")
         args.out.mkdir(parents=True, exist_ok=True)
-        header = {"study": "calibrate", **provenance(args), "command": command}
-        cache = Cache(args.out / "runs.jsonl", header)
+        cache = Cache(args.out / "runs.jsonl", study_header("calibrate", args, argv))
         for problem in chosen:
             data = load_data(args.data_root, problem.data, problem.size)
             run_traces(problem, data, cache)

@@ -8,7 +8,6 @@ squared gradient norm along a run, min_t E‖∇f(w_t)‖², whose best known ra
 import argparse
 import bisect
 import math
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,10 @@ from torch import Tensor
 SCRIPT = Path(__file__).resolve()
 sys.path[:0] = [str(SCRIPT.parents[2]), str(SCRIPT.parents[1])]
 
-from writing import markdown, read_csv, read_jsonl, write_csv, write_jsonl, write_page
+from writing import markdown, read_csv, read_jsonl, study_header, write_csv, write_jsonl, write_page
 
 from mlr_snet import load_schedules
 from training.command_line import number, show_safely, user_errors
-from training.folder import provenance
 from training.pictures import save, subplots
 
 DIMENSION, EXAMPLES, REGULARISER, NOISE = 50, 500, 0.05, 0.3
@@ -201,13 +199,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     folder, problem, lengths = args.out.absolute() / f"convergence-{args.preset}", Problem(), PRESETS[args.preset]
-    command = shlex.join(["python", "tables/studies/convergence.py", *(argv if argv is not None else sys.argv[1:])])
     with user_errors():
         folder.mkdir(parents=True, exist_ok=True)
         results = {}
         for name, rate in SCHEDULES.items():
             results[name] = [squared_norms(problem, rate, length, args.seeds) for length in lengths]
-        write(folder, lengths, results, {"study": "convergence", **provenance(args), "command": command})
+        write(folder, lengths, results, study_header("convergence", args, argv))
         render(folder)
     print((folder / "README.md").read_text("utf-8"))
     return 0
