@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import Record, by_group, places_of, unit_of
+from records import Record, by_group, leading, ranking, unit_of
 
 from training.pictures import save, subplots
 
@@ -18,14 +18,12 @@ GREY = "#BBBBBB"
 def coloured(records: list[Record], highlight: Sequence[str], most: int = len(COLOURS)) -> list[str]:
     """The labels to draw in colour, in the records' order: of the methods in `highlight`, or at most `most` by default.
 
-    By default MLR-SNet comes first, then what ends best: by the sum of its places over the groups.
+    By default MLR-SNet comes first, then what ends best.
     """
-    if highlight:
-        return list(dict.fromkeys(record["method"] for record in records if record["method"] in highlight))
-    places = places_of(records)
-    is_ours = {record["method"]: record["is_ours"] for record in records}
-    ranked = sorted(is_ours, key=lambda label: (not is_ours[label], places[label]))
-    return [label for label in is_ours if label in ranked[:most]]
+    methods = dict.fromkeys(record["method"] for record in records)
+    ours = [record["method"] for record in records if record["is_ours"]]
+    chosen = highlight or leading(ranking(records), ours, most)
+    return [method for method in methods if method in chosen]
 
 
 def style_of(label: str, chosen: Sequence[str], is_ours: bool) -> dict[str, Any]:

@@ -123,13 +123,13 @@ def by_group(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {group: [record for record in records if record["group"] == group] for group in groups}
 
 
-def places_of(records: list[Record]) -> Counter[str]:
-    """Every method's places among the best, summed over the groups; the smallest is the best."""
+def ranking(records: list[Record]) -> list[str]:
+    """The methods, the best first: by the sum of their places over the groups."""
     places: Counter[str] = Counter()
     for members in by_group(records).values():
         for place, record in enumerate(sorted(members, key=_badness)):
             places[record["method"]] += place
-    return places
+    return sorted(dict.fromkeys(record["method"] for record in records), key=lambda method: places[method])
 
 
 def _badness(record: Record) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from drawing import draw
 from methods import GRID
-from records import COLUMNS, STEPS, Record, leading, places_of, spread, summarise, unit_of
+from records import COLUMNS, STEPS, Record, leading, ranking, spread, summarise, unit_of
 from regret import regret_of
 from runs import Run, read
 from specs import TABLES, Table
@@ -72,8 +72,7 @@ def _any_has(records: list[Record], name: str) -> bool:
 
 def _tables(records: list[Record], published: Published, highlight: Sequence[str]) -> list[str]:
     """One line of a table with all its columns; several side by side."""
-    places = places_of(records)
-    ranked = sorted(dict.fromkeys(record["method"] for record in records), key=lambda method: places[method])
+    ranked = ranking(records)
     ours = {record["method"] for record in records if record["is_ours"]}
     methods = leading(ranked, highlight or [method for method in ranked if method in ours][:1], MOST_ROWS)
     groups = list(dict.fromkeys(record["group"] for record in records))
