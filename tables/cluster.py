@@ -39,14 +39,6 @@ def build_executor(folder: Path, options: dict[str, str]) -> Any:
     return executor
 
 
-def threads_of(options: dict[str, str]) -> int:
-    """The CPU threads of a job: as many as the CPUs it asks for, of which Slurm gives one by default."""
-    try:
-        return max(1, int(options.get("cpus_per_task", "1")))
-    except ValueError:
-        raise ValueError(f"--slurm-option cpus_per_task={options['cpus_per_task']}: give a whole number") from None
-
-
 def _number(text: str) -> int | str:
     """The whole number that an option's value is, where it is one and would be written so."""
     return int(text) if text.isdecimal() and str(int(text)) == text else text

@@ -15,7 +15,7 @@ ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(SCRIPT.parent)]
 
 from cells import Cell, cells_of
-from cluster import build_executor, threads_of
+from cluster import build_executor
 from methods import CONSTANT, METHODS
 from page import is_available, write_html
 from race import Race
@@ -206,7 +206,8 @@ def run_table(args: argparse.Namespace, command: str) -> int:
         print(f"runs in {out}: {len(cells)}", file=sys.stderr)
         race = Race(cells, out / "runs")
         if args.slurm:
-            race.run_on(build_executor(out / "jobs", args.slurm_options), threads_of(args.slurm_options))
+            executor = build_executor(out / "jobs", args.slurm_options)
+            race.run_on(executor, max(1, int(args.slurm_options.get("cpus_per_task", 1))))
         else:
             race.run_here(args.jobs or 1)
         if race.stopped:
