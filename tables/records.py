@@ -37,9 +37,9 @@ def summarise(runs: Sequence[Run], target: float | None) -> list[Record]:
     for group, by_method in members.items():
         methods = [method for method in dict.fromkeys(run.method for run in runs) if method in by_method]
         finished = [_record(group, details[group], method, by_method[method]) for method in methods]
-        baselines = [record for baseline in ("fixed", "sgd+val") for record in finished
-                     if record["method"] == baseline and "runs" in record]
-        records += [_compared(record, baselines, target) for record in finished]
+        done = {record["method"]: record for record in finished if "runs" in record}
+        baseline = done.get("fixed") or done.get("sgd+val") or {}
+        records += [_compared(record, baseline, target) for record in finished]
     return records
 
 
@@ -84,14 +84,14 @@ def _results(done: list[Run], epochs: int) -> Record:
     return results
 
 
-def _compared(record: Record, baselines: list[Record], target: float | None) -> Record:
-    """With its way to the target, by default the result of the first baseline, and its costs relative to that one's."""
-    if "runs" not in record or (not baselines and target is None):
+def _compared(record: Record, baseline: Record, target: float | None) -> Record:
+    """With its way to the target, by default the result of the baseline, and its costs relative to that one's."""
+    target = baseline.get("last_mean") if target is None else target
+    if "runs" not in record or target is None:
         return record
-    baseline: Record = baselines[0] if baselines else {}
     relative = {f"relative_{name}": record[name] / baseline[name] for name in ("seconds", *COSTS)
                 if record.get(name) is not None and baseline.get(name)}
-    return record | relative | _reach(record, baseline["last_mean"] if target is None else target)
+    return record | relative | _reach(record, target)
 
 
 def _reach(record: Record, target: float) -> Record:
