@@ -119,8 +119,6 @@ class CellRun:
 
     def _holder(self) -> str:
         """Who has the folder, in a sentence; "" where nobody does."""
-        if not self.folder.exists():
-            return ""
         try:
             with FolderLock(self.folder):
                 return ""

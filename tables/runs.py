@@ -72,8 +72,6 @@ def _collected(number: int, cell: Cell, place: Path) -> Run:
     try:
         facts, cost = _json(place / "args.json"), _json(place / "cost.json")
         lr_scale = {name: value for name, value in _json(place / "lr_scale.json").items() if name != "trials"}
-        if not all(isinstance(value, (int, float)) for value in cost.values()):
-            raise ValueError("cost.json holds more than numbers")
         return Run(
             number, cell.name, cell.method.name, cell.lines, _json(place / "status.json")["status"], cell.seed, script,
             shlex.join(["python", f"{script}/{script}.py", *cell.flags]), _set(facts["arguments"]), facts["commit"],

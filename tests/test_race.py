@@ -87,9 +87,7 @@ def test_a_status_that_says_nothing_of_the_cell_does_not_count(two, content):
     assert not run_of(cells[0], folder).is_done
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("cost.json", "[1, 2]"), ("cost.json", '{"steps_per_epoch": "many"}'), ("args.json", "{}"), ("args.json", "{"),
-])
+@pytest.mark.parametrize(("name", "content"), [("cost.json", "{"), ("args.json", "{}"), ("args.json", "{")])
 def test_a_damaged_record_is_one_line_that_names_the_folder(two, name, content):
     cells, folder = two
     (folder / cells[0].name / name).write_text(content)
