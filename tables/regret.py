@@ -176,9 +176,6 @@ def _rows(summaries: list[Record], highlight: Sequence[str]) -> list[list[str]]:
     for summary in shown(summaries, highlight, MOST_ROWS):
         row = [summary["method"]]
         for unit in units:
-            if f"mean {unit}" not in summary:
-                row += ["–"] * 3
-                continue
             row += [_with_interval(summary, unit), _number(summary[f"worst {unit}"]),
                     _number(averaged.get(summary["method"], {}).get(f"mean {unit}"))]
         row += [f"{100 * summary['close']:.0f} %", str(summary["diverged"]), _number(summary["relative_steps"])]
