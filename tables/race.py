@@ -47,9 +47,8 @@ def run_script(command: list[str], threads: int, errors: str, folder: str, envir
 class CellRun:
     """Runs one cell to its end. Two never run at once: each run locks its folder, and a locked folder is waited for."""
 
-    def __init__(self, name: str, command: list[str], folder: Path, threads: int, num_epochs: int):
+    def __init__(self, name: str, command: list[str], folder: Path, threads: int):
         self.name, self.command, self.folder, self.threads = name, command, folder, threads
-        self.num_epochs = num_epochs
         self.process: Any = None
         self.stopped = False
 
@@ -57,9 +56,8 @@ class CellRun:
     def is_done(self) -> bool:
         """Whether it ran to its end or diverged, and its files are its own and complete."""
         try:
-            status, rows = json.loads(read_text(self.folder / "status.json") or "{}"), rows_of(self.folder)
-            is_whole = len(rows) == (self.num_epochs if status["status"] == "done" else status["epochs"])
-            return is_whole and status["cell"] == self.name
+            status = json.loads(read_text(self.folder / "status.json") or "{}")
+            return status["cell"] == self.name and status["epochs"] == len(rows_of(self.folder))
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
@@ -94,7 +92,7 @@ class CellRun:
         self.stop()
         if self.process:  # the signal handler that calls this has interrupted process.join()
             multiprocessing.connection.wait([self.process.sentinel])
-        return DelayedSubmission(CellRun(self.name, self.command, self.folder, self.threads, self.num_epochs))
+        return DelayedSubmission(CellRun(self.name, self.command, self.folder, self.threads))
 
     def _is_of_another(self) -> bool:
         """Whether the folder holds a run with other flags, as far as its args.json tells."""
@@ -175,8 +173,7 @@ class Race:
 
     def _prepare(self, threads: int) -> None:
         """Describe each run once, and let signals stop them."""
-        for cell in self.cells:
-            self.runs.append(CellRun(cell.name, cell.command, self.folder / cell.name, threads, cell.num_epochs))
+        self.runs = [CellRun(cell.name, cell.command, self.folder / cell.name, threads) for cell in self.cells]
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._stop)
 

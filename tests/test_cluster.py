@@ -31,7 +31,7 @@ def test_slurm_options_reach_the_batch_script(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", "")
     executor = build_executor(tmp_path / "jobs", {"partition": "short", "gpus_per_node": "1", "timeout_min": "30"})
-    executor.submit(CellRun("name", ["script.py"], tmp_path / "run", threads=1, num_epochs=1))
+    executor.submit(CellRun("name", ["script.py"], tmp_path / "run", threads=1))
     (script,) = (tmp_path / "jobs").glob("*_submission.sh")
     lines = script.read_text().splitlines()
     for line in ("--partition=short", "--gpus-per-node=1", "--time=30", "--signal=USR2@90"):

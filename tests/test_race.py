@@ -30,7 +30,7 @@ def two(finished, tmp_path):
 
 
 def run_of(cell, folder):
-    return CellRun(cell.name, cell.command, folder / cell.name, 1, cell.num_epochs)
+    return CellRun(cell.name, cell.command, folder / cell.name, 1)
 
 
 def rows(cells, folder):
@@ -74,7 +74,7 @@ def test_a_run_that_was_stopped_resumes_under_its_arguments_in_another_order(two
     script, *flags, seed, number = cells[0].command
     pairs = " ".join(flags).split(" --")
     turned = " --".join([pairs[0], *pairs[:0:-1]]).split()
-    run = CellRun(cells[0].name, [script, *turned, seed, number], folder / cells[0].name, 1, cells[0].num_epochs)
+    run = CellRun(cells[0].name, [script, *turned, seed, number], folder / cells[0].name, 1)
     assert run.command != cells[0].command and run() == "" and run.is_done
 
 
@@ -98,4 +98,4 @@ def test_a_damaged_record_is_one_line_that_names_the_folder(two, name, content):
 def test_a_cell_that_a_signal_ended_says_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    assert "ended by SIGKILL" in CellRun("name", [str(script)], tmp_path / "run", 1, 2)()
+    assert "ended by SIGKILL" in CellRun("name", [str(script)], tmp_path / "run", 1)()

@@ -164,7 +164,7 @@ def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_o
         short, long = (Cell(METHODS[name], 0, {**smoke, **METHODS[name].flags, "num-epoch": length}, {})
                        for length in ("1", "2"))
         for cell in (short, long):
-            assert CellRun(cell.name, cell.command, tmp_path / cell.name, 1, cell.num_epochs)() == ""
+            assert CellRun(cell.name, cell.command, tmp_path / cell.name, 1)() == ""
         (row,), (begun, _) = (rows_of(tmp_path / cell.name) for cell in (short, long))
         assert {**row, "seconds": 0} == {**begun, "seconds": 0}, name
 
@@ -249,7 +249,7 @@ def test_a_run_has_its_share_of_the_cores_unless_the_environment_says_otherwise(
     if wish:
         monkeypatch.setenv("OMP_NUM_THREADS", wish)
     (tmp_path / "script.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
-    reason = CellRun("name", [str(tmp_path / "script.py")], tmp_path / "run", threads=3, num_epochs=1)()
+    reason = CellRun("name", [str(tmp_path / "script.py")], tmp_path / "run", threads=3)()
     assert reason.startswith(f"name: {threads} ")
 
 
