@@ -66,18 +66,15 @@ Measured = tuple[str, Rows]  # one sentence on how it was measured, and the numb
 
 def seconds(step: Step, times: int, device: torch.device) -> float:
     """The mean seconds of a step, over `times` in a row."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-    begin = time.perf_counter()
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    begin = now()
     for _ in range(times):
         step()
-    if device.type == "cuda":
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000 / times
-    return (time.perf_counter() - begin) / times
+    return (now() - begin) / times
 
 
 def alternate(
