@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from drawing import COLOURS, coloured
-from records import UNITS, Record, by_group
+from records import COST_TITLES, UNITS, Record, by_group
 
 from utils import write_atomically
 
@@ -29,8 +29,7 @@ COLUMNS = {  # of a record -> title and decimals; a group has those that its rec
     "best_std": ("± best", 2), "train_acc_mean": ("training accuracy", 2),
     "train_clean_acc_mean": ("on true labels", 2), "steps_to_target": ("steps to target", 0),
     "seconds_to_target": ("seconds to target", 0),
-    "relative_seconds": ("time", 2), "relative_forward_passes": ("forward", 2),
-    "relative_backward_passes": ("backward", 2), "relative_peak_memory_mib": ("memory", 2),
+    **{name: (title, 2) for name, title in COST_TITLES.items()},
 }
 
 

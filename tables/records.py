@@ -16,10 +16,12 @@ Record = dict[str, Any]  # of a method on a line, over its seeds; lacks the resu
 
 UNITS = {f"test_{name}": label for name, label in METRICS.items()}
 LOW_IS_GOOD = ("test_ppl",)
+COST_TITLES = {"relative_seconds": "time", "relative_forward_passes": "forward",
+               "relative_backward_passes": "backward", "relative_peak_memory_mib": "memory"}
 COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_std", "best_mean", "best_std",
            "average_mean", "average_std", "train_acc_mean", "train_acc_std", "train_clean_acc_mean",
            "train_clean_acc_std", "target", "reached", "steps_to_target", "seconds_to_target", "seconds", *COSTS,
-           "relative_seconds", *(f"relative_{name}" for name in COSTS)]
+           *COST_TITLES]
 
 STEPS = "Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training."
 

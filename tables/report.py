@@ -7,18 +7,14 @@ from pathlib import Path
 
 from drawing import draw
 from methods import GRID
-from records import COLUMNS, STEPS, Record, leading, ranking, spread, summarise, unit_of
+from records import COLUMNS, COST_TITLES, STEPS, Record, leading, ranking, spread, summarise, unit_of
 from regret import regret_of
 from runs import Run, read
 from specs import TABLES, Table
 from writing import MOST_ROWS, markdown, read_toml, write_csv, write_page
 
-from utils import COSTS
-
 NO_TABLE = Table("", "", [], {})  # of runs that were made one by one; readings.toml has their title and question
 Published = dict[str, dict[str, str]]  # problem -> method -> the paper's number
-COST_TITLES = dict(zip(("relative_seconds", *(f"relative_{name}" for name in COSTS)),
-                       ("time", "forward", "backward", "memory"), strict=True))
 
 
 def render(folder: Path) -> None:
