@@ -46,10 +46,9 @@ class Method:
         return not self.is_ours and "lr" not in self.flags and SCHEDULES[self.schedule].rate == "initial"
 
 
-def _parsed(text: str) -> tuple[str, dict[str, str]]:
-    """Script and flags of "SCRIPT FLAG=VALUE FLAG=VALUE"."""
-    script, *flags = text.split()
-    return script, dict(flag.split("=") for flag in flags)
+def parse(text: str) -> dict[str, str]:
+    """The arguments in "FLAG=VALUE FLAG=VALUE"."""
+    return dict(word.split("=", 1) for word in text.split())
 
 
 # Peak rates at most a factor of 3 apart. A line of a table with regrets runs a cosine from each of its optimizer's;
@@ -89,4 +88,4 @@ FLAGS: dict[str, str] = {  # name -> script and flags
     "adam+val": "meta-test schedule=val optimizer=adam",
     "schedule-free-adamw": "meta-test schedule=schedule-free optimizer=adamw",
 }
-METHODS = {name: Method(name, *_parsed(text)) for name, text in FLAGS.items()}
+METHODS = {name: Method(name, text.split()[0], parse(text.partition(" ")[2])) for name, text in FLAGS.items()}

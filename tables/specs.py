@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from methods import CONSTANT, DECAYING, MEASURED
+from methods import CONSTANT, DECAYING, MEASURED, parse
 
 from data import TEXTS
 
@@ -59,11 +59,6 @@ class Table:
             if arguments not in small:
                 small.append(arguments)
         return small
-
-
-def parse(text: str) -> Arguments:
-    """The arguments in "FLAG=VALUE FLAG=VALUE"."""
-    return dict(word.split("=", 1) for word in text.split())
 
 
 def lines(shared: str, *choices: Sequence[str]) -> list[Arguments]:
