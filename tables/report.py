@@ -121,19 +121,19 @@ def _one_line(members: list[Record], published: dict[str, str]) -> list[list[str
     """Rows of all results of every method on the only line."""
     spreads = {"last": f"{unit_of(members)}, last epoch", "average": "averaged weights", "best": "best epoch",
                "train_acc": "training accuracy (%)", "train_clean_acc": "on the true labels"}
-    spreads = {name: title for name, title in spreads.items() if _any_has(members, f"{name}_mean")}
-    costs = {name: title for name, title in COST_TITLES.items() if _any_has(members, name)}
-    target = next((f"steps to {record['target']:.2f}" for record in members if "steps_to_target" in record), "")
-    more = [*(["published"] if published else []), *([target] if target else [])]
-    rows = [["method", *spreads.values(), *more, *costs.values()]]
-    for record in members:
-        row = [record["method"] + _diverged(record), *(spread(record, name) for name in spreads)]
-        if published:
-            row.append(published.get(record["method"], "–"))
-        if target:
-            row.append(_steps(record))
-        rows.append(row + [f"{record[name]:.2f}" if record.get(name) is not None else "–" for name in costs])
-    return rows
+    columns = {"method": [record["method"] + _diverged(record) for record in members]}
+    for name, title in spreads.items():
+        if _any_has(members, f"{name}_mean"):
+            columns[title] = [spread(record, name) for record in members]
+    if published:
+        columns["published"] = [published.get(record["method"], "–") for record in members]
+    target = next((record["target"] for record in members if "steps_to_target" in record), None)
+    if target is not None:
+        columns[f"steps to {target:.2f}"] = [_steps(record) for record in members]
+    for name, title in COST_TITLES.items():
+        if _any_has(members, name):
+            columns[title] = [f"{record[name]:.2f}" if record.get(name) is not None else "–" for record in members]
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
 def _steps(record: Record) -> str:
