@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,7 +188,7 @@ def has_paper_scale(optimizer: Optimizer) -> bool:
 
 
 def _is_scale(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 # ---------------------------------------------------------------------------------------------- the hypergradient

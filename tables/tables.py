@@ -25,6 +25,7 @@ from runs import collect, write
 from specs import TABLES
 from writing import read_jsonl, write_index
 
+from data import TEXTS
 from training.command_line import Parser, folder, number, show_safely, user_errors
 from training.folder import FolderLock, read_record
 
@@ -133,7 +134,12 @@ def check(args: argparse.Namespace) -> None:
         for name in names:
             if name not in allowed:
                 raise ValueError(f"{flag} {name}: {args.table} does not run it; leave it out")
-    for flag, _ in args.overrides:
+    overrides = dict(args.overrides)
+    are_texts = {overrides.get("dataset", line["dataset"]) in TEXTS for line in table.lines(args.preset)}
+    for flag, is_text in (("image-root", False), ("text-root", True)):
+        if flag in overrides and ("data-root" in overrides or is_text not in are_texts):
+            raise ValueError(f"--set {flag}: leave it out beside data-root, and where a table has no such lines")
+    for flag in overrides:
         values = {line.get(flag) for line in table.lines(args.preset)}
         if None not in values and len(values) > 1:
             raise ValueError(f"--set {flag}: the lines of {args.table} differ in it; leave it out")

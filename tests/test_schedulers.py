@@ -3,8 +3,10 @@
 import copy
 import math
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from test_mlr_snet import loss_on, one_weight_sgd, small_network, trained
@@ -152,6 +154,12 @@ def test_gamma_may_be_a_function_that_is_called_at_the_first_step_and_never_afte
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
     assert rates(whole, [1.9] * 3) != rates(resumed, [1.9] * 3) or whole.nets != resumed.nets
     assert len(calls) == 1 and resumed.gamma == whole.gamma == 0.3
+
+
+@pytest.mark.parametrize("kind", [float, numpy.float32, Fraction])
+def test_gamma_is_any_real_number(kind):
+    schedule = MLRSNetLR(one_weight_sgd(), [MLRSNet()], 4, gamma=kind(0.25))
+    assert rates(schedule, [2.0])[0] < 0.25 and type(schedule.state_dict()["gamma"]) is float
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])

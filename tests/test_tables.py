@@ -301,6 +301,8 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "untuned", "--set", "tokens=bpe"], "--set makes two lines of the table one"),
     (["--table", "untuned", "--set", "limit-train=abc"], "--set: 'abc' is not a number"),
     (["--table", "untuned", "--set", "momentum=abc"], "--set: 'abc' is not a number"),
+    (["--table", "own", "--set", "text-root=x"], "--set text-root: leave it out beside data-root, and where"),
+    (["--table", "untuned", "--set", "data-root=x", "image-root=y"], "--set image-root: leave it out beside data-root"),
     (["--table", "own", "--slurm-option", "partition=x"], "--slurm-option belongs to --slurm"),
     (["--table", "own", "--slurm", "--jobs", "2"], "--jobs is for one machine"),
     (["--table", "own", "--slurm", "--slurm-option", "x"], "--slurm-option: x: give NAME=VALUE"),
