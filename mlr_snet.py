@@ -188,7 +188,7 @@ def has_paper_scale(optimizer: Optimizer) -> bool:
 
 
 def _is_scale(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 # ---------------------------------------------------------------------------------------------- the hypergradient
