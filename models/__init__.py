@@ -1,40 +1,45 @@
 """The task networks; to add one: its file and a line in IMAGE_NETWORKS or LANGUAGE_MODELS."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .convnet import convnet, denoiser
+from .convnet import ConvNet, denoiser
 from .densenet import densenet121
-from .gpt import gpt
-from .lstm import lstm2, lstm3
+from .gpt import GPT
+from .lstm import LanguageModel
 from .mobilenetv2 import mobilenetv2
-from .nasnet import nasnet
-from .resnet import large_stem, resnet8, resnet20, small_stem
+from .nasnet import NASNetA
+from .resnet import CifarResNet, resnet50_imagenet, small_stem
 from .shufflenetv2 import shufflenetv2
 from .vit import vit
 from .wideresnet import wideresnet
 
 IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet": small_stem("resnet18"),
-    "resnet34": small_stem("resnet34"),
-    "resnet50": small_stem("resnet50"),
-    "resnet101": small_stem("resnet101"),
-    "resnet152": small_stem("resnet152"),
-    "resnet50-imagenet": large_stem("resnet50"),
-    "resnet8": resnet8,
-    "resnet20": resnet20,
+    "resnet": partial(small_stem, "resnet18"),
+    "resnet34": partial(small_stem, "resnet34"),
+    "resnet50": partial(small_stem, "resnet50"),
+    "resnet101": partial(small_stem, "resnet101"),
+    "resnet152": partial(small_stem, "resnet152"),
+    "resnet50-imagenet": resnet50_imagenet,
+    "resnet8": partial(CifarResNet, 1),
+    "resnet20": partial(CifarResNet, 3),
     "shufflenetv2": shufflenetv2,
     "wideresnet": wideresnet,
     "mobilenetv2": mobilenetv2,
-    "nasnet": nasnet,
+    "nasnet": partial(NASNetA, 4, 44),
     "densenet121": densenet121,
     "vit": vit,
-    "convnet": convnet,
+    "convnet": ConvNet,
     "denoiser": denoiser,
 }
-LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"lstm2": lstm2, "lstm3": lstm3, "gpt": gpt}
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lstm2": partial(LanguageModel, 2),
+    "lstm3": partial(LanguageModel, 3),
+    "gpt": partial(GPT, 2),  # the size of lstm3 at the same width
+}
 NETWORKS = IMAGE_NETWORKS | LANGUAGE_MODELS
 INPUT_SIZES = {"vit": "image_size", "gpt": "seq_len"}  # the size of the input that a network is built for
 

@@ -24,10 +24,6 @@ class ConvNet(nn.Module):
         return self.fc(self.features(x).mean((2, 3)))
 
 
-def convnet(num_classes: int) -> nn.Module:
-    return ConvNet(num_classes)
-
-
 def denoiser(num_channels: int) -> nn.Module:
     """Five convolutions of the same resolution: images (batch, 3, h, w) -> (batch, channels, h, w)."""
     return nn.Sequential(

@@ -41,8 +41,3 @@ class GPT(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(length, tokens.device)
         features = self.transformer(self.dropout(self.embedding(tokens) + positions), mask, is_causal=True)
         return self.decoder(features), ()
-
-
-def gpt(vocabulary_size: int, **sizes: int | float) -> GPT:
-    """Two layers, the size of lstm3 at the same width."""
-    return GPT(2, vocabulary_size, **sizes)  # type: ignore[arg-type]

@@ -25,11 +25,3 @@ class LanguageModel(nn.Module):
         """Token indices (length, batch) and the state, None for zeros -> logits (length, batch, vocabulary), state."""
         hidden, state = self.lstm(self.dropout(self.embedding(tokens)), state)
         return self.decoder(self.dropout(hidden)), state
-
-
-def lstm2(vocabulary_size: int, **sizes: int | float) -> LanguageModel:
-    return LanguageModel(2, vocabulary_size, **sizes)  # type: ignore[arg-type]
-
-
-def lstm3(vocabulary_size: int, **sizes: int | float) -> LanguageModel:
-    return LanguageModel(3, vocabulary_size, **sizes)  # type: ignore[arg-type]

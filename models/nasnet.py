@@ -118,8 +118,3 @@ class NASNetA(nn.Module):
         for cell in self.cells:
             last, before = cell(last, before), last
         return self.fc(last.relu().mean((2, 3)))
-
-
-def nasnet(num_classes: int) -> nn.Module:
-    """NASNet-A (4, 2, 44)."""
-    return NASNetA(4, 44, num_classes)

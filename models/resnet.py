@@ -1,7 +1,6 @@
 """ResNets for 32×32 images. Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016."""
 
 import math
-from collections.abc import Callable
 
 import torchvision
 from torch import Tensor, nn
@@ -19,24 +18,20 @@ def init_convolutions(network: nn.Module) -> nn.Module:
     return network
 
 
-def small_stem(name: str) -> Callable[[int], nn.Module]:
-    """A maker of torchvision's ResNet of that name whose stem keeps the resolution: 3×3, stride 1, no max-pool.
+def small_stem(name: str, num_classes: int) -> nn.Module:
+    """torchvision's ResNet of that name whose stem keeps the resolution: 3×3, stride 1, no max-pool.
 
     It starts as the authors' does, see init_convolutions.
     """
-
-    def make(num_classes: int) -> nn.Module:
-        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-        return init_convolutions(network)
-
-    return make
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return init_convolutions(network)
 
 
-def large_stem(name: str) -> Callable[[int], nn.Module]:
-    """A maker of torchvision's ResNet of that name as it is, for images of 224×224 pixels."""
-    return lambda num_classes: torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+def resnet50_imagenet(num_classes: int) -> nn.Module:
+    """torchvision's ResNet-50 as it is, for images of 224×224 pixels."""
+    return torchvision.models.resnet50(num_classes=num_classes)
 
 
 class Block(nn.Module):
@@ -75,11 +70,3 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x).mean((2, 3)))
-
-
-def resnet8(num_classes: int) -> nn.Module:
-    return CifarResNet(1, num_classes)
-
-
-def resnet20(num_classes: int) -> nn.Module:
-    return CifarResNet(3, num_classes)
