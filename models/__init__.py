@@ -51,12 +51,10 @@ def build_network(
 
     num_outputs is the number of classes, of words in the vocabulary, or of channels for the denoiser. image_size is in
     pixels and seq_len in tokens; only some networks depend on them. options are embed_size and dropout of a language
-    model. ValueError for an unknown name, no output or a size that does not fit.
+    model. ValueError for an unknown name or a size that does not fit.
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}: choose from {', '.join(NETWORKS)}")
-    if num_outputs < 1:
-        raise ValueError(f"{num_outputs} outputs: need at least 1")
     if name in INPUT_SIZES:
         size = {"image_size": image_size, "seq_len": seq_len}[INPUT_SIZES[name]]
         options[INPUT_SIZES[name]] = size
