@@ -2,15 +2,14 @@
 
 An entry's name identifies the files, the image size and the decoding libraries; its content is a header, the SHA-256
 of the images, and the images. So the cache never changes a result: an entry is right, or it is ignored and written
-anew. The folder may hold files of others: what has not both a name and a header of ours is never touched.
+anew. The folder may hold files of others: what has no name of ours is never touched.
 """
 
-import errno
+import contextlib
 import functools
 import hashlib
 import os
 import re
-import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -62,9 +61,6 @@ def entry_for(paths: list[str], folder: Path, size: int) -> Path | None:
 
 def load(entry: Path, shape: tuple[int, ...]) -> Tensor | None:
     """The uint8 images of an entry. None if it does not exist or is damaged."""
-    file = _stat_of_ours(entry)
-    if not file or file.st_size != len(HEADER) + DIGEST_BYTES + int(np.prod(shape)):
-        return None
     try:
         content = np.fromfile(entry, np.uint8)
         os.utime(entry)  # marks it as used
@@ -84,8 +80,6 @@ def store(entry: Path, images: Tensor) -> None:
     temporary = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(entry) and not _stat_of_ours(entry):
-            raise FileExistsError(errno.EEXIST, f"{entry.name} is not ours")
         _make_room(entry.parent, pixels.nbytes)
         descriptor, name = tempfile.mkstemp(".tmp", f"{entry.name}.", entry.parent)
         temporary = Path(name)
@@ -101,27 +95,18 @@ def store(entry: Path, images: Tensor) -> None:
 
 def _make_room(cache: Path, num_bytes: int) -> None:
     """Delete the entries unused for longest until `num_bytes` more fit."""
-    entries = sorted((file.st_mtime, file.st_size, path) for path in cache.iterdir() if (file := _stat_of_ours(path)))
+    entries = []
+    for path in cache.iterdir():
+        if NAME.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+                file = path.stat()
+                entries.append((file.st_mtime, file.st_size, path))
     total = sum(size for _, size, _ in entries)
-    for _, size, path in entries:
+    for _, size, path in sorted(entries):
         if total + num_bytes <= MOST_BYTES:
             return
         total -= size
         path.unlink(missing_ok=True)
-
-
-def _stat_of_ours(path: Path) -> os.stat_result | None:
-    """The size and times of a file that this module has written. None for any other, for links and for folders."""
-    if not NAME.fullmatch(path.name):
-        return None
-    try:
-        file = path.lstat()
-        if not stat.S_ISREG(file.st_mode):
-            return None
-        with open(path, "rb") as content:
-            return file if HEADER.startswith(content.read(len(HEADER))) else None
-    except OSError:
-        return None
 
 
 @functools.cache
