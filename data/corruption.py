@@ -158,7 +158,7 @@ def read_cifar_c(folder: Path, name: str, severity: int, num_classes: int) -> tu
     Reads the published files, NAME.npy and labels.npy. They hold the test images of CIFAR, one severity after another.
     """
     if name not in PUBLISHED:
-        raise ValueError(f"corruption {name}: unknown; choose from {', '.join(PUBLISHED)}")
+        raise ValueError(f"corruption {name}: choose from {', '.join(PUBLISHED)}")
     if not 1 <= severity <= 5:
         raise ValueError(f"severity {severity}: must be from 1 to 5, the severities of {folder.name}")
     images = _read_array(folder / f"{name}.npy", (5 * PER_SEVERITY, 32, 32, 3))
