@@ -152,33 +152,22 @@ class ImageTask:
         total = len(labels)
         if batch_size < world_size():
             raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
-        everything = torch.arange(total)
-        if data.meta_pool is None:
-            pool, most_meta = everything, total - 1
-        else:
-            pool = data.meta_pool
-            most_meta = len(pool)
+        pool = torch.arange(total) if data.meta_pool is None else data.meta_pool
+        most_meta = min(len(pool), total - 1)
         if not 0 <= num_meta <= most_meta:
             raise ValueError(f"num_meta {num_meta}: must be from 0 to {most_meta}, the images that can be set aside")
-        if limit_test is not None and not 1 <= limit_test <= len(test_labels):
-            raise ValueError(f"limit_test {limit_test}: must be from 1 to {len(test_labels)}, the images available")
         generator = generator_for(seed, 1)
         self.meta_indices = balanced_sample(labels, pool, num_meta, generator)
         self.train_indices = without(total, self.meta_indices if data.meta_pool is None else pool)
         if self.metric == "acc":
             check_classes(labels[self.train_indices], labels[self.meta_indices], test_labels)
-        if limit_train is not None:
-            available = len(self.train_indices)
-            if not 1 <= limit_train <= available:
-                raise ValueError(f"limit_train {limit_train}: must be from 1 to {available}, the images available")
-            number = len(labels[self.train_indices].unique())
-            self.train_indices = balanced_sample(labels, self.train_indices, limit_train, generator)
-            lost = number - len(labels[self.train_indices].unique())
-            if lost and self.metric == "acc":
-                say(f"limit_train {limit_train}: leaves no training image of {lost} of {number} classes")
-        self.test_indices = torch.arange(len(test_labels))
-        if limit_test is not None:
-            self.test_indices = balanced_sample(test_labels, self.test_indices, limit_test, generator_for(0, 2))
+        number = len(labels[self.train_indices].unique())
+        self.train_indices = limited(labels, self.train_indices, limit_train, "limit_train", generator)
+        lost = number - len(labels[self.train_indices].unique())
+        if lost and self.metric == "acc":
+            say(f"limit_train {limit_train}: leaves no training image of {lost} of {number} classes")
+        everything = torch.arange(len(test_labels))
+        self.test_indices = limited(test_labels, everything, limit_test, "limit_test", generator_for(0, 2))
         if corruption is not None and corruption.severity > 0:
             self.train.corrupt(self.train_indices, corruption)
         if label_noise:
@@ -321,6 +310,15 @@ class ImageTask:
                 if true_targets is not None:
                     true_targets.fill_(-100)
             yield Batch(inputs, targets, len(indices), true_targets)
+
+
+def limited(labels: Tensor, indices: Tensor, limit: int | None, name: str, generator: torch.Generator) -> Tensor:
+    """A class-balanced sample of the indices, or all where there is no limit. ValueError for more than there are."""
+    if limit is None:
+        return indices
+    if not 1 <= limit <= len(indices):
+        raise ValueError(f"{name} {limit}: must be from 1 to {len(indices)}, the images available")
+    return balanced_sample(labels, indices, limit, generator)
 
 
 def check_classes(train: Tensor, meta: Tensor, test: Tensor) -> None:
