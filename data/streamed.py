@@ -107,10 +107,7 @@ class StreamedSplit(Dataset):
         """Names, sizes and classes of the files: reading them all would take too long."""
         folder = os.path.commonpath([path for path, _ in self.samples])
         for path, label in self.samples:
-            try:
-                size = os.path.getsize(path)
-            except OSError as error:
-                raise ImageFileError(path, first_line(error)) from None
+            size = os.path.getsize(path)
             digest.update(f"{os.path.relpath(path, folder)} {size} {label}\n".encode(errors="surrogateescape"))
         digest.update(self.labels.cpu().numpy())  # with their noise
         if self.corruption is not None:
