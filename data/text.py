@@ -52,16 +52,13 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
             index.setdefault(token, len(index))
     ids = {}
     for split in SPLITS:
-        indices = [index[END]]
-        for line in lines[split]:
-            indices += [index.get(token, index[UNKNOWN]) for token in line]
-            indices.append(index[END])
-        ids[split] = torch.tensor(indices)
+        tokens = itertools.chain([END], *([*line, END] for line in lines[split]))
+        ids[split] = torch.tensor([index.get(token, index[UNKNOWN]) for token in tokens])
     unknown, number = (ids["test"][1:] == index[UNKNOWN]).sum().item(), len(ids["test"]) - 1
     if unknown and not (ids["train"] == index[UNKNOWN]).any():
         say(f"{unknown} of {number} test tokens are not in the training text, which has no {UNKNOWN} to learn them by: "
             f"each costs much perplexity; put {UNKNOWN} for the rare tokens of all splits")
-    return TextData(ids["train"], ids["valid"], ids["test"], list(index))
+    return TextData(**ids, vocabulary=list(index))
 
 
 def read(path: Path, tokens: str) -> list[list[str]]:
@@ -219,12 +216,10 @@ class TextTask:
         if batch_size < world_size():
             raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
         for split, limit in (("train", limit_train), ("test", limit_test)):
-            if limit is None:
-                continue
             tokens = len(splits[split]) - 1
-            if not 1 <= limit <= tokens:
+            if limit is not None and not 1 <= limit <= tokens:
                 raise ValueError(f"limit_{split} {limit}: must be from 1 to {tokens}, the tokens available")
-            splits[split] = splits[split][: limit + 1]
+            splits[split] = splits[split][: (limit or tokens) + 1]
         for split, columns in (("train", batch_size), ("valid", batch_size), ("test", evaluation_columns)):
             if len(splits[split]) - 1 < columns * seq_len:
                 sizes = "seq_len" if split == "test" else "batch_size or seq_len"
@@ -240,16 +235,20 @@ class TextTask:
         self.num_classes = self.num_outputs = len(data.vocabulary)
         self.autocast = autocast
         self.steps_per_epoch = self.train.num_pieces
-        self.sizes = [len(split) - 1 for split in splits.values()]
-        self._fingerprint = _fingerprint(list(splits.values()), data.vocabulary)
+        self.splits, self.vocabulary = list(splits.values()), data.vocabulary
 
     def in_words(self) -> str:
         """How many tokens there are."""
-        return "{:,} training, {:,} validation and {:,} test tokens of {:,} kinds".format(*self.sizes, self.num_classes)
+        sizes = [len(ids) - 1 for ids in self.splits]
+        return "{:,} training, {:,} validation and {:,} test tokens of {:,} kinds".format(*sizes, self.num_classes)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the tokens of the splits and the vocabulary; the same on every rank."""
-        return self._fingerprint
+        digest = hashlib.sha256("\n".join(self.vocabulary).encode())
+        for ids in self.splits:
+            digest.update(str(len(ids)).encode())
+            digest.update(ids.numpy().data)
+        return digest.hexdigest()[:16]
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """The endless stream of training batches from global step `start` on; every epoch reads the text once."""
@@ -309,14 +308,6 @@ class TextTask:
             number += batch.size
         network.train(training)
         return all_reduce_sum(total)[0] / number
-
-
-def _fingerprint(splits: list[Tensor], vocabulary: list[str]) -> str:
-    digest = hashlib.sha256("\n".join(vocabulary).encode())
-    for ids in splits:
-        digest.update(str(len(ids)).encode())
-        digest.update(ids.numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def perplexity(loss: float) -> float:
