@@ -86,8 +86,8 @@ def class_folders(folder: Path, seen: dict[str, str] | None = None) -> tuple[lis
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_foreign(entry.name))
     except OSError as error:
         raise ValueError(f"{folder}: expected class folders of images ({first_line(error)})") from None
-    causes = ", ".join(f"{number} {cause}" for cause, number in skipped.most_common(MOST_REPORTED) if number)
-    report = f"skipped files: {skipped.total()} ({causes or 'none'}); images end in {', '.join(IMG_EXTENSIONS)}"
+    causes = ", ".join(f"{number} {cause}" for cause, number in skipped.most_common(MOST_REPORTED))
+    report = f"skipped: {skipped.total()} ({causes or 'none'}); images end in {', '.join(IMG_EXTENSIONS)}"
     empty = ", ".join(sorted(set(classes) - {label for label, _, _ in found}))
     if empty or not classes:
         raise ValueError(f"{folder}: expected class folders of images, none in {empty or 'it'}; {report}")
@@ -103,15 +103,14 @@ def class_folders(folder: Path, seen: dict[str, str] | None = None) -> tuple[lis
 
 
 def _images(place: str, label: str, seen: dict[str, str], skipped: Counter[str]) -> Iterator[tuple[str, str, str]]:
-    """Class, folder and name of every image below `place`, through links; counts other files by the cause."""
+    """Class, folder and name of every image below `place`, through links; counts what it skips by the cause."""
     real = os.path.realpath(place)
     if real in seen:
         raise ValueError(f"{place} is the folder {seen[real]} again; remove the link, or its images count twice")
     seen[real] = place
     for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
         if _is_foreign(entry.name):
-            number = sum(len(names) for _, _, names in os.walk(entry.path)) if entry.is_dir() else 1
-            skipped[f"in {entry.name}" if entry.is_dir() else "hidden or of the system"] += number
+            skipped["hidden or of the system"] += 1
         elif entry.is_dir():
             yield from _images(entry.path, label or entry.name, seen, skipped)
         elif label and entry.name.lower().endswith(IMG_EXTENSIONS):
