@@ -127,8 +127,8 @@ def _is_foreign(name: str) -> bool:
     return name.startswith(".") or name.lower() in FOREIGN
 
 
-def train_and_test(root: Path, test: str) -> tuple[list[str], Samples, Samples]:
-    """The classes, and the images of root/train and of root/`test`.
+def train_and_test(root: Path, test: str, skip_bad: bool) -> tuple[list[str], Samples, Samples]:
+    """The classes, and the images of root/train and of root/`test`, with `skip_bad` those that can be read.
 
     ValueError unless both have the same classes, and for a folder that is in both.
     """
@@ -136,6 +136,8 @@ def train_and_test(root: Path, test: str) -> tuple[list[str], Samples, Samples]:
     (classes, train), (others, tested) = class_folders(root / "train", seen), class_folders(root / test, seen)
     if different := ", ".join(map(ascii, sorted(set(classes) ^ set(others))[:MOST_REPORTED])):
         raise ValueError(f"{root}: train and {test} have different class folders ({different}); make them the same")
+    if skip_bad:
+        train, tested = readable(train, root / "train"), readable(tested, root / test)
     return classes, train, tested
 
 
@@ -158,42 +160,38 @@ def state_in(root: Path, files: str) -> str:
     return f"damaged or incomplete in {root} ({found})" if found else f"not in {root}"
 
 
-def decode(samples: Samples, folder: Path, size: int, skip_bad: bool) -> tuple[Tensor, Tensor]:
+def decode(samples: Samples, folder: Path, size: int) -> tuple[Tensor, Tensor]:
     """The images of a folder, uint8 (number, 3, size, size), and their labels (number,); decoded once and then cached.
 
-    Raises ImageFileError at the first file that cannot be read, or with `skip_bad` leaves such files out.
+    Raises ImageFileError at the first file that cannot be read.
     """
-    check_memory(3 * size * size * len(samples), f"{len(samples)} images of {size}×{size} pixels")
     shape = (len(samples), 3, size, size)
+    check_memory(3 * size * size * len(samples), f"{len(samples)} images of {size}×{size} pixels")
+    labels = torch.tensor([label for _, label in samples])
     entry = cache.entry_for([path for path, _ in samples], folder, size)
     cached = cache.load(entry, shape) if entry else None
     if cached is not None:
-        return cached, torch.tensor([label for _, label in samples])
+        return cached, labels
     images = torch.empty(shape, dtype=torch.uint8)
-    labels: list[int] = []
-    errors: list[ImageFileError] = []
-    for path, label in samples:
-        try:
-            pixels = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
-        except ImageFileError as error:
-            if not skip_bad:
-                raise
-            errors.append(error)
-            continue
-        images[len(labels)] = resize(pixels, [size, size])
-        labels.append(label)
-    _report(errors, folder, len(samples))
-    if entry and not errors:
+    for index, (path, _) in enumerate(samples):
+        pixels = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+        images[index] = resize(pixels, [size, size])
+    if entry:
         cache.store(entry, images)
-    return images[: len(labels)], torch.tensor(labels)
+    return images, labels
 
 
 def readable(samples: Samples, folder: Path) -> Samples:
-    """The samples of a folder whose files can be read. Reads them all."""
+    """The samples of a folder whose files can be read. Reads them all, and says what is skipped; ValueError if all."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # Pillow decodes without Python's lock
-        found = list(pool.map(_error_in, [path for path, _ in samples]))
-    errors = [error for error in found if error is not None]
-    _report(errors, folder, len(samples))
+        errors = [error for error in pool.map(_error_in, [path for path, _ in samples]) if error]
+    if len(errors) == len(samples):
+        raise ValueError(f"{folder}: none of its {len(samples)} images can be read, the first because: "
+                         f"{errors[0].cause}")
+    for error in errors[:MOST_REPORTED]:
+        say(f"skipped {error.path}: {error.cause}")
+    if errors:
+        say(f"{folder}: skipped {len(errors)} of {len(samples)} images")
     bad = {error.path for error in errors}
     return [sample for sample in samples if sample[0] not in bad]
 
@@ -204,13 +202,3 @@ def _error_in(path: str) -> ImageFileError | None:
     except ImageFileError as error:
         return error
     return None
-
-
-def _report(errors: list[ImageFileError], folder: Path, total: int) -> None:
-    """Print what is skipped. ValueError if that is everything."""
-    if len(errors) == total:
-        raise ValueError(f"{folder}: none of its {total} images can be read, the first because: {errors[0].cause}")
-    for error in errors[:MOST_REPORTED]:
-        say(f"skipped {error.path}: {error.cause}")
-    if errors:
-        say(f"{folder}: skipped {len(errors)} of {total} images")

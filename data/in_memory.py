@@ -16,7 +16,7 @@ from utils import check_memory, first_line
 
 from .cache import say
 from .corruption import read_cifar_c
-from .files import class_folders, decode, downloading, state_in, train_and_test
+from .files import class_folders, decode, downloading, readable, state_in, train_and_test
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 
@@ -91,14 +91,16 @@ def folder(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bo
     size = image_size or 32
     for name in ("test", "val"):
         if os.path.lexists(root / name):  # also a link to a folder that is gone
-            classes, train, test = train_and_test(root, name)
-            images, labels = decode(train, root / "train", size, skip_bad_images)
-            test_images, test_labels = decode(test, root / name, size, skip_bad_images)
+            classes, train, test = train_and_test(root, name, skip_bad_images)
+            images, labels = decode(train, root / "train", size)
+            test_images, test_labels = decode(test, root / name, size)
             break
     else:
         classes, train = class_folders(root / "train")
         say(f"{root}: neither test nor val, so a fifth of each class in train is held out for testing")
-        images, labels = decode(train, root / "train", size, skip_bad_images)
+        if skip_bad_images:
+            train = readable(train, root / "train")
+        images, labels = decode(train, root / "train", size)
         shuffled = torch.randperm(len(labels), generator=generator_for(0, 0))
         members = [shuffled[labels[shuffled] == label] for label in range(len(classes))]
         taken = torch.cat([images_of[: max(1, len(images_of) // 5)] for images_of in members]).sort().values

@@ -151,9 +151,7 @@ def _collate(images: list[Tensor] | ImageFileError) -> Any:
 def imagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> StreamedData:
     """root/train and root/val of class folders, ImageNet's own layout; images of `image_size` (default 224) pixels."""
     size = image_size or 224
-    classes, train, test = train_and_test(root, "val")
-    if skip_bad_images:
-        train, test = readable(train, root / "train"), readable(test, root / "val")
+    classes, train, test = train_and_test(root, "val", skip_bad_images)
     return StreamedData(
         train, test, len(classes), size,
         transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *NORMALISE]),
