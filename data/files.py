@@ -142,22 +142,28 @@ def train_and_test(root: Path, test: str, skip_bad: bool) -> tuple[list[str], Sa
 
 
 @contextmanager
-def downloading(root: Path) -> Iterator[None]:
-    """Waits while another process of this machine looks for files under root, and downloads what is missing there."""
-    name = hashlib.sha256(str(root.absolute()).encode(errors="surrogateescape")).hexdigest()[:16]
+def downloading(name: str, root: Path, files: str, instead: str) -> Iterator[None]:
+    """The block looks for the `files` of the data set `name` under root, and downloads what is missing there.
+
+    Waits while another process of this machine does. ValueError where the block fails; it says what lies there, and
+    names the data set `instead`, which needs no download.
+    """
+    place = hashlib.sha256(str(root.absolute()).encode(errors="surrogateescape")).hexdigest()[:16]
     with ExitStack() as stack:
         with suppress(ImportError, OSError):  # Windows has no such locks, and the file may be another user's
             import fcntl
 
-            lock = stack.enter_context(open(Path(tempfile.gettempdir(), f"mlr-snet-{name}.lock"), "a"))
+            lock = stack.enter_context(open(Path(tempfile.gettempdir(), f"mlr-snet-{place}.lock"), "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def state_in(root: Path, files: str) -> str:
-    """What is wrong with published files that cannot be read from root."""
-    found = ", ".join(sorted(path.name for path in root.glob(files)))
-    return f"damaged or incomplete in {root} ({found})" if found else f"not in {root}"
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            found = ", ".join(sorted(path.name for path in root.glob(files)))
+            state = f"damaged or incomplete in {root} ({found})" if found else f"not in {root}"
+            raise ValueError(
+                f"{name}: {state}, and could not be downloaded ({first_line(error)}); "
+                f"put it there, or try dataset {instead}, which needs no download"
+            ) from None
 
 
 def decode(samples: Samples, folder: Path, size: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Image data sets that fit in memory."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.functional import resize
 
-from utils import check_memory, first_line
+from utils import check_memory
 
 from .cache import say
 from .corruption import read_cifar_c
-from .files import class_folders, decode, downloading, readable, state_in, train_and_test
+from .files import class_folders, decode, downloading, readable, train_and_test
 from .images import ImageData, Statistics
 from .sampling import balanced_sample, generator_for, without
 
@@ -34,8 +33,8 @@ def cifar100(root: Path, image_size: int | None, seed: int) -> ImageData:
 
 
 def _cifar(num_classes: int, kind: Any, statistics: Statistics, root: Path, image_size: int | None) -> ImageData:
-    name, files = f"cifar{num_classes}", f"cifar-{num_classes}-*"
-    train, test = _from_torchvision(name, files, lambda is_train: kind(root, train=is_train, download=True), root)
+    with downloading(f"cifar{num_classes}", root, f"cifar-{num_classes}-*", "digits"):
+        train, test = (kind(root, train=is_train, download=True) for is_train in (True, False))
     train_images, test_images = (
         _resized(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in (train, test)
     )
@@ -72,10 +71,8 @@ def _steered_by_clean_images(images: Tensor, labels: Tensor, clean: ImageData, s
 
 
 def svhn(root: Path, image_size: int | None, seed: int) -> ImageData:
-    def make(is_train: bool) -> Any:
-        return torchvision.datasets.SVHN(str(root), split="train" if is_train else "test", download=True)
-
-    train, test = _from_torchvision("svhn", "*_32x32.mat", make, root)
+    with downloading("svhn", root, "*_32x32.mat", "digits"):
+        train, test = (torchvision.datasets.SVHN(str(root), split, download=True) for split in ("train", "test"))
     return ImageData(
         _resized(torch.from_numpy(train.data), image_size), torch.from_numpy(train.labels).long(),
         _resized(torch.from_numpy(test.data), image_size), torch.from_numpy(test.labels).long(),
@@ -120,18 +117,6 @@ def digits(root: Path, image_size: int | None, seed: int) -> ImageData:
     images, labels = _resized(images, image_size), torch.from_numpy(targets)
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     return ImageData(images[train], labels[train], images[test], labels[test], 10, HALF, augment=False)
-
-
-def _from_torchvision(name: str, files: str, make: Callable[[bool], Any], root: Path) -> tuple[Any, Any]:
-    """The training and the test set, downloaded and checked by torchvision if they are not in root."""
-    try:
-        with downloading(root):
-            return make(True), make(False)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{name}: {state_in(root, files)}, and could not be downloaded ({first_line(error)}); "
-            "put it there, or try dataset digits, which needs no download"
-        ) from None
 
 
 def _resized(images: Tensor, image_size: int | None) -> Tensor:

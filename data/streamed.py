@@ -19,19 +19,10 @@ from torchvision import transforms
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from utils import first_line, shard
+from utils import shard
 
 from .corruption import Corruption
-from .files import (
-    ImageFileError,
-    Samples,
-    class_folders,
-    downloading,
-    read_image,
-    readable,
-    state_in,
-    train_and_test,
-)
+from .files import ImageFileError, Samples, class_folders, downloading, read_image, readable, train_and_test
 from .images import Plan
 from .sampling import generator_for
 
@@ -162,16 +153,12 @@ def imagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_images: 
 def tinyimagenet(root: Path, image_size: int | None, seed: int, *, skip_bad_images: bool = False) -> StreamedData:
     """Stanford's tiny-imagenet-200 of 64×64 pixels under root, downloaded if missing; the test split is its val."""
     folder, size = root / "tiny-imagenet-200", image_size or 64
-    try:
-        with downloading(root):
-            if not folder.is_dir():
-                root.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as place:  # whole, or not at all
-                    download_and_extract_archive(TINY_URL, str(root), place, md5=TINY_MD5)
-                    Path(place, folder.name).rename(folder)
-    except (OSError, RuntimeError) as error:
-        state = state_in(root, f"{folder.name}.zip")
-        raise ValueError(f"tinyimagenet: {state}, and could not be downloaded ({first_line(error)})") from None
+    with downloading("tinyimagenet", root, f"{folder.name}.zip", "digits"):
+        if not folder.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as place:  # whole, or not at all
+                download_and_extract_archive(TINY_URL, str(root), place, md5=TINY_MD5)
+                Path(place, folder.name).rename(folder)
     classes, train = class_folders(folder / "train")
     test = _annotated(folder / "val", classes)
     if skip_bad_images:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.datasets.utils import check_md5, download_url
 
-from utils import Hidden, all_reduce_sum, first_line, shard, world_size
+from utils import Hidden, all_reduce_sum, shard, world_size
 
 from .cache import say
-from .files import downloading, state_in
+from .files import downloading
 
 UNKNOWN, END = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -90,28 +90,21 @@ def text_folder(root: Path, tokens: str) -> TextData:
 
 def ptb(root: Path, tokens: str) -> TextData:
     """Mikolov's Penn Treebank: ptb.train.txt or train.txt etc. in root or root/ptb; downloaded if missing."""
-    with downloading(root):
+    with downloading("ptb", root, "ptb/ptb.*.txt", "pydoc"):
         files = {split: _ptb_file(root, split) for split in SPLITS}
     return encode({split: read(path, tokens) for split, path in files.items()})
 
 
 def _ptb_file(root: Path, split: str) -> Path:
     published, short = f"ptb.{split}.txt", f"{split}.txt"
-    downloaded = root / "ptb" / published
     for path in (root / published, root / short, root / "ptb" / short):
         if path.is_file():
             if not check_md5(str(path), PTB_MD5[split]):
                 say(f"{path}: not the Penn Treebank of the paper (its md5 differs)")
             return path
-    try:  # also over what an interrupted download has left
-        download_url(f"{PTB_URL}/{published}", str(root / "ptb"), published, PTB_MD5[split])
-    except (OSError, RuntimeError) as error:
-        state = state_in(root / "ptb", published) if downloaded.exists() else f"{published} not in {root}"
-        raise ValueError(
-            f"ptb: {state}, and could not be downloaded ({first_line(error)}); "
-            "put it there, or try dataset pydoc, which needs no download"
-        ) from None
-    return downloaded
+    # Also over what an interrupted download has left
+    download_url(f"{PTB_URL}/{published}", str(root / "ptb"), published, PTB_MD5[split])
+    return root / "ptb" / published
 
 
 def pydoc(root: Path, tokens: str) -> TextData:

@@ -94,10 +94,10 @@ def test_processes_that_look_for_the_same_files_take_turns(tmp_path):
     has_entered = threading.Event()
 
     def enter():
-        with downloading(tmp_path):
+        with downloading("cifar10", tmp_path, "cifar*", "digits"):
             has_entered.set()
 
-    with downloading(tmp_path):
+    with downloading("cifar10", tmp_path, "cifar*", "digits"):
         other = threading.Thread(target=enter)
         other.start()
         assert not has_entered.wait(0.3)
