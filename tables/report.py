@@ -93,8 +93,8 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
         notes.append("A ± is the standard deviation over the seeds.")
     if any(published.get(group) for group in groups):
         notes.append("Published numbers are the paper's at the last epoch; ~ marks those read off plots.")
-    if len(ranked) > len(methods):
-        beside.append(f"{len(ranked) - len(methods)} more methods")
+    if more := len(ranked) - len(methods):
+        beside.append("one more method" if more == 1 else f"{more} more methods")
     notes.append(f"[table.csv](table.csv) has {' and '.join(beside) or 'all numbers'}.")
     return [*lines, " ".join(notes), ""]
 
