@@ -62,7 +62,7 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
 
 
 def read(path: Path, tokens: str) -> list[list[str]]:
-    """The file's lines, each a list of words or characters. ValueError if it is missing or not UTF-8.
+    """The file's lines, each a list of words or characters. ValueError if it is missing, empty or not UTF-8.
 
     Only the ends of lines that every editor knows (LF, CR LF, CR) end one, and a byte order mark is no character.
     """
@@ -77,6 +77,8 @@ def read(path: Path, tokens: str) -> list[list[str]]:
     if "\0" in content:
         raise ValueError(f"{path}: holds NUL characters, so it is not UTF-8 text; convert it first")
     lines = [line.removeprefix("\ufeff") for line in content.removesuffix("\n").split("\n")]
+    if not "".join(lines).strip():
+        raise ValueError(f"{path}: holds no text")
     # A text that ends its lines with <eos> has one already.
     return [line.rstrip().removesuffix(END).split() if tokens == "word" else list(line) for line in lines]
 
