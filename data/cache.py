@@ -48,7 +48,10 @@ def entry_for(paths: list[str], folder: Path, size: int) -> Path | None:
     libraries = (PIL.__version__, features.version("jpg"), torch.__version__, torchvision.__version__)
     digest = hashlib.sha256(f"{libraries} {size}\n".encode())
     for path in paths:
-        file = os.stat(path)
+        try:
+            file = os.stat(path)
+        except OSError:  # decoding names the file
+            return None
         # A file with an old mtime, unpacked from an archive for example, still has a new ctime.
         times = f"{file.st_mtime_ns} {file.st_ctime_ns}"
         name = path.removeprefix(f"{folder}{os.sep}")
