@@ -113,7 +113,10 @@ def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter], r
     def moved(lr: float) -> list[Tensor]:
         with preserved_optimizer(optimizer) as weights, torch.no_grad():
             set_lr(optimizer, lr, ratios)
-            bare_step(optimizer)
+            try:
+                bare_step(optimizer)
+            except TypeError as error:
+                raise TypeError(f"{name}: its step() could not be measured without arguments ({error})") from error
             return [weights[parameter] - parameter.detach() for parameter in parameters]
 
     whole, half = moved(1.0), moved(0.5)
