@@ -587,7 +587,9 @@ class MetaMLRSNetLR(MLRSNetLR):
         average_decay: float | None = None,
         **options: Any,
     ):
-        super().__init__(optimizer, [net], num_steps, **options)
+        if not isinstance(net, MLRSNet):
+            raise TypeError(f"net {net!r}: give one MLRSNet, the net that learns")
+        super().__init__(optimizer, net, num_steps, **options)
         check_affine(self.optimizer)
         if not set(parameters_of(self.optimizer)) & set(network.parameters()):
             raise ValueError("network shares no parameter with the optimizer: give the one that trains, not a copy")
