@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -181,9 +181,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch that was built without it
-        raise ValueError(f"--device {name}: not available ({first_line(error)}); use --device cpu or auto") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not available ({reason}); use --device cpu or auto") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: holds shapes without numbers; use --device cpu or auto")
+    return device
 
 
 def choose_algorithms(deterministic: bool) -> None:
@@ -204,14 +208,30 @@ def autocast(device: torch.device, precision: str) -> Callable[[], Any]:
 # ---------------------------------------------------------------------------------------------- memory
 
 
-def check_memory(num_bytes: int, what: str) -> None:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def check_memory(
+    num_bytes: int, what: str, remedy: str = "lower --image-size or --batch-size, or use fewer images"
+) -> None:
     """ValueError if `what` needs more bytes than there is memory, as far as the system tells."""
     available = _available_memory()
     if available is not None and num_bytes > available:
         raise ValueError(
             f"{what} need {num_bytes / 2**30:,.1f} GiB of memory, and {available / 2**30:,.1f} GiB are available; "
-            "lower --image-size or --batch-size, or use fewer images"
+            f"{remedy}"
         )
+
+
+def built_within_memory(build: Callable[[], Module], name: str) -> Module:
+    """What `build` returns. ValueError, before anything is allocated, if its weights need more memory than there is.
+
+    Some systems grant any amount, and kill the process that uses it.
+    """
+    with torch.device("meta"):  # shapes without numbers
+        shapes = build()
+    check_memory(sum(weight.nbytes for weight in shapes.parameters()), f"the weights of {name}", "lower its sizes")
+    return build()
 
 
 def _available_memory() -> int | None:

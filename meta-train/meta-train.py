@@ -15,7 +15,7 @@ from training.building import network_of, start, task_of
 from training.command_line import Parser, number, number_or, show_safely, user_errors
 from training.measuring import chosen_gamma
 from training.trainer import Trainer
-from utils import build_optimizer, save
+from utils import build_optimizer, built_within_memory, save
 
 EXAMPLES = """\
   python meta-train/meta-train.py --network resnet8 --dataset digits --num-meta 200 \\
@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         device = start(args)
         task = task_of(args, device)
         network = network_of(args, task, device)
-        net = MLRSNet(args.hidden_size, args.num_layers, "text" if task.perplexity else "images").to(device)
+        form = "text" if task.perplexity else "images"
+        net = built_within_memory(partial(MLRSNet, args.hidden_size, args.num_layers, form), "MLR-SNet")
+        net = net.to(device)
         optimizer = build_optimizer(args.optimizer, network.parameters(), 1.0, args.momentum, args.wd)
         meta_stream = MetaStream(task, network)
         options = schedule_arguments(task, args.num_epoch)

@@ -41,6 +41,7 @@ OUT_OF_RANGE = [
     (META_TRAIN, ["--num-meta", "1430"], "holds out all"),
     (META_TRAIN, ["--network", "densenet121", "--image-size", "4"], "--image-size 4: does not fit"),
     (META_TRAIN, ["--limit-test", "361"], "--limit-test 361"), (META_TRAIN, ["--image-size", "30000"], "memory"),
+    (META_TRAIN, ["--hidden-size", "1000000"], "weights of MLR-SNet need"),
 ]
 CHOICES = [
     (META_TRAIN, ["--network", "nonsense"], "invalid choice"),
@@ -51,7 +52,7 @@ CHOICES = [
     (META_TRAIN, ["--num-epo", "2"], "unrecognized arguments"), (META_TRAIN, ["--seed"], "expected one argument"),
     (META_TEST, ["--nets"], "expected at least one argument"), (META_TRAIN, ["extra"], "unrecognized arguments"),
     (META_TRAIN, ["--device", "nonsense"], "--device nonsense"), (META_TRAIN, ["--device", ""], "not available"),
-    (META_TRAIN, ["--device", "cuda:99"], "not available"),
+    (META_TRAIN, ["--device", "meta"], "--device meta"), (META_TRAIN, ["--device", "cuda:99"], "not available"),
 ]
 TOGETHER = [
     (META_TRAIN, ["--network", "lstm2"], "not for images"), (META_TRAIN, ["--dataset", "pydoc"], "not for text"),
@@ -62,6 +63,7 @@ TOGETHER = [
     (META_TRAIN, [*TEXT, "--num-meta", "10"], "does not apply"),
     (META_TRAIN, [*TEXT, "--image-size", "8"], "does not apply"),
     (META_TRAIN, [*TEXT, "--seq-len", "100000"], "lower --batch-size or --seq-len"),
+    (META_TRAIN, [*TEXT, "--embed-size", "200000000"], "weights of lstm2 need"),
     (META_TRAIN, [*TEXT, "--dropout", "1"], "below 1"),
     (META_TEST, ["--lr", "0.1"], "leave --lr out"), (META_TEST, ["--beta", "0.1"], "no --beta"),
     (META_TEST, ["--schedule", "l4mom", "--lr", "0.1"], "leave --lr out"),

@@ -1,6 +1,7 @@
 """What a run is built of, from its flags: the process, the task and the network."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from training.command_line import agree, end_with_launcher
 from training.folder import restore_surroundings
 from utils import (
     autocast,
+    built_within_memory,
     choose_algorithms,
     first_line,
     init_distributed,
@@ -68,7 +70,7 @@ def network_of(args: argparse.Namespace, task: ImageTask | TextTask, device: tor
     else:
         sizes = {"image_size": task.image_size}
     torch.manual_seed(args.seed)
-    network = build_network(args.network, task.num_outputs, **sizes)
+    network = built_within_memory(partial(build_network, args.network, task.num_outputs, **sizes), args.network)
     if isinstance(task, ImageTask):
         check_size(network, task.image_size)
     network = network.to(device).to(memory_format=torch.channels_last)
