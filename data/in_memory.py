@@ -46,21 +46,22 @@ def _cifar(num_classes: int, kind: Any, statistics: Statistics, root: Path, imag
 
 def cifar10_c(root: Path, image_size: int | None, seed: int, *, corruption: str, severity: int) -> ImageData:
     """CIFAR-10-C from root/CIFAR-10-C to train on; meta and test images are clean ones of CIFAR-10."""
-    return _published(root / "CIFAR-10-C", corruption, severity, cifar10(root, image_size, seed), seed)
+    images, labels = read_cifar_c(root / "CIFAR-10-C", corruption, severity, 10)
+    return _steered_by_clean_images(images, labels, cifar10(root, image_size, seed), seed)
 
 
 def cifar100_c(root: Path, image_size: int | None, seed: int, *, corruption: str, severity: int) -> ImageData:
     """CIFAR-100-C from root/CIFAR-100-C to train on; meta and test images are clean ones of CIFAR-100."""
-    return _published(root / "CIFAR-100-C", corruption, severity, cifar100(root, image_size, seed), seed)
+    images, labels = read_cifar_c(root / "CIFAR-100-C", corruption, severity, 100)
+    return _steered_by_clean_images(images, labels, cifar100(root, image_size, seed), seed)
 
 
-def _published(folder: Path, corruption: str, severity: int, clean: ImageData, seed: int) -> ImageData:
-    """Training on the images of the folder, with a meta pool of ten clean training images of each class.
+def _steered_by_clean_images(images: Tensor, labels: Tensor, clean: ImageData, seed: int) -> ImageData:
+    """Training on these images, with a meta pool of ten clean training images of each class.
 
     The published images are damaged copies of CIFAR's test images, so training has seen what the test shows clean.
     Source: the abstract of the paper. Compare methods by it; its accuracies say nothing about unseen images.
     """
-    images, labels = read_cifar_c(folder, corruption, severity, clean.num_classes)
     everything = torch.arange(len(clean.train_labels))
     pool = balanced_sample(clean.train_labels, everything, 10 * clean.num_classes, generator_for(seed, 9))
     train_images = torch.cat([_resized(images, clean.image_size), clean.train_images[pool]])
