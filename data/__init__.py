@@ -29,7 +29,7 @@ PREDICTIONS = ["class", *PREDICTED]
 def build_task(name: str, root: Path, **options: Any) -> ImageTask | TextTask:
     """The task of the data set `name` under `root`; the options are those of text_task or of image_task.
 
-    Raises ValueError for data that are not available.
+    Raises ValueError for data that are not available, TypeError for an option that is for the other modality.
     """
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")

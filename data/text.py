@@ -90,7 +90,7 @@ def text_folder(root: Path, tokens: str) -> TextData:
 
 def ptb(root: Path, tokens: str) -> TextData:
     """Mikolov's Penn Treebank: ptb.train.txt or train.txt etc. in root or root/ptb; downloaded if missing."""
-    with downloading("ptb", root, "ptb/ptb.*.txt", "pydoc"):
+    with downloading("ptb (ptb.train.txt, ptb.valid.txt, ptb.test.txt)", root, "ptb/ptb.*.txt", "pydoc"):
         files = {split: _ptb_file(root, split) for split in SPLITS}
     return encode({split: read(path, tokens) for split, path in files.items()})
 

@@ -25,6 +25,7 @@ from training.command_line import number, number_or, show_safely, user_errors
 from training.folder import read_record
 from training.measuring import FILE, read
 from training.pictures import save, subplots
+from utils import first_line
 
 LOSSES = torch.logspace(math.log10(4), -2, 40)  # what the nets read, from 4 down to 0.01
 SETTLED = 500  # steps at one loss after which the LSTM state no longer moves
@@ -104,17 +105,23 @@ def read_losses(path: Path, args: argparse.Namespace) -> Tensor:
 
 
 def take_settings(args: argparse.Namespace, folder: Path) -> None:
-    """Take the steps per epoch, warm-up, cool-down and, where it was a number or measured, γ from a run's folder."""
-    if args.steps_per_epoch is None and (folder / "cost.json").exists():
-        args.steps_per_epoch = int(json.loads((folder / "cost.json").read_text())["steps_per_epoch"])
-    if not (folder / "args.json").exists():
-        return
-    flags = read_record(folder)
-    args.warmup, args.cooldown = flags["warmup"], flags["cooldown"]
-    if args.gamma == "auto" and (folder / FILE).exists():
-        args.gamma = 2 * read(folder).result.scale
-    elif args.gamma == "auto" and flags["gamma"] != "paper":
-        args.gamma = flags["gamma"]
+    """Take the steps per epoch, warm-up, cool-down and, where it was a number or measured, γ from a run's folder.
+
+    ValueError for a damaged file there.
+    """
+    try:
+        if args.steps_per_epoch is None and (folder / "cost.json").exists():
+            args.steps_per_epoch = int(json.loads((folder / "cost.json").read_text())["steps_per_epoch"])
+        if not (folder / "args.json").exists():
+            return
+        flags = read_record(folder)
+        args.warmup, args.cooldown = flags["warmup"], flags["cooldown"]
+        if args.gamma == "auto" and ((folder / FILE).exists() or flags["gamma"] == "measured"):
+            args.gamma = 2 * read(folder).result.scale
+        elif args.gamma == "auto" and flags["gamma"] != "paper":
+            args.gamma = flags["gamma"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: a damaged cost.json, args.json or {FILE} ({first_line(error)})") from None
 
 
 def draw(path: Path, names: list[str], settled: list[Tensor], run: Run, args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import webbrowser
+from collections import Counter
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
@@ -29,7 +30,9 @@ from data import TEXTS
 from training.command_line import Parser, folder, number, show_safely, user_errors
 from training.folder import FolderLock, read_record
 
-NOT_FOR_SET = ("seed", "out", "resume")  # a table gives them to its runs itself
+NOT_FOR_SET = {  # flags that a table gives to its runs itself
+    "seed": "use --seeds N", "out": "use --out", "resume": "leave it out; a table resumes its runs by itself",
+}
 NUMBERS = {  # flags that a table reads itself, to name its lines
     "num-epoch": number(int, 1), "limit-train": number(int, 1), "momentum": number(float, 0),
     "label-noise": number(float, 0),
@@ -106,9 +109,11 @@ def override(text: str) -> tuple[str, str]:
     name, value = assignment(text)
     flag = name.replace("_", "-")
     if flag in NOT_FOR_SET:
-        raise argparse.ArgumentTypeError(f"{flag}: a table gives it to its runs itself; see --seeds and --out")
-    if flag in NUMBERS:
-        NUMBERS[flag](value)
+        raise argparse.ArgumentTypeError(f"{flag}: {NOT_FOR_SET[flag]}")
+    try:
+        NUMBERS.get(flag, str)(value)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{flag}: {error}") from None
     return flag, value
 
 
@@ -126,6 +131,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--jobs is for one machine; leave it out with --slurm")
     if args.open and not is_available():
         raise ValueError("--open: the page of a table needs the package bokeh; pip install bokeh")
+    pairs = {"--set": args.overrides, "--more-seeds": args.more_seeds, "--slurm-option": args.slurm_options}
+    for flag, words in pairs.items():
+        for name, count in Counter(name for name, _ in words).items():
+            if count > 1:
+                raise ValueError(f"{flag} {name}: duplicate; give it once")
+    for name, seeds in args.more_seeds:
+        if seeds <= args.seeds:
+            raise ValueError(f"--more-seeds {name}={seeds}: give more than the {args.seeds} of --seeds")
     for flag, names, allowed in (
         ("--only", args.only, own if table.text_methods else METHODS),
         ("--highlight", args.highlight, args.only or own),
