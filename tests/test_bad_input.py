@@ -129,7 +129,7 @@ INPUTS = [(script, [*TINY, *words], message) for script, words, message in NEW]
 INPUTS += [(script, ["--resume", *words], message) for script, words, message in RESUMED]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def damaged(finished):
     """Runs and files with one thing wrong each, by name."""
     folder = finished.parent / "damaged"
