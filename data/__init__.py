@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .corruption import DEFAULT_SEVERITY, Corruption
+from .corruption import DEFAULT_SEVERITY, PUBLISHED, Corruption
 from .images import Data, ImageTask
 from .in_memory import cifar10, cifar10_c, cifar100, cifar100_c, digits, folder, svhn
 from .regression import PREDICTED, RegressionTask
@@ -74,6 +74,8 @@ def image_task(
     if skip_bad_images:
         for_loader["skip_bad_images"] = True
     if name in PUBLISHED_CORRUPTED:
+        if corruption is None:
+            raise ValueError(f"{name} needs corruption; choose from {', '.join(PUBLISHED)}")
         for_loader.update(corruption=corruption, severity=severity)
     elif corruption is not None:
         options["corruption"] = Corruption(corruption, severity, seed)

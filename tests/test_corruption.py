@@ -271,7 +271,7 @@ def replaced(path, array):
 
 @pytest.mark.parametrize(("spoil", "options", "message"), [
     (lambda folder: None, {"corruption": "nonsense"}, "nonsense: choose from brightness"),
-    (lambda folder: None, {"corruption": None, "severity": None}, "corruption None: choose from"),
+    (lambda folder: None, {"corruption": None, "severity": None}, "cifar10-c needs corruption; choose from"),
     (lambda folder: None, {"severity": 0}, "severity 0: must be from 1 to 5"),
     (lambda folder: None, {"num_meta": 101}, "num_meta 101: must be from 0 to 100"),
     (lambda folder: None, {"corruption": "snow"}, "snow.npy: not found"),

@@ -105,6 +105,17 @@ def test_what_the_schedule_could_not_follow_is_refused(capsys, words):
     assert done.returncode == 2 and words[0] in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("file", "content"), [
+    ("cost.json", "{"), ("cost.json", "{}"), ("args.json", '{"arguments": {}}'),
+    ("args.json", '{"arguments": {"warmup": 0.0, "cooldown": 0.0, "gamma": "measured"}}'),
+])
+def test_what_is_damaged_beside_the_losses_is_one_line_with_its_folder(tmp_path, capsys, file, content):
+    (tmp_path / "metrics.csv").write_text("epoch,lr,train_loss\n1,0.1,2.0\n")
+    (tmp_path / file).write_text(content)
+    done, _ = inspect(capsys, "--losses", tmp_path)
+    assert done.returncode == 2 and f"{tmp_path}: a damaged cost.json, args.json" in done.stderr.splitlines()[-1]
+
+
 def test_a_run_of_one_step_shows_no_reaction(tmp_path, capsys):
     words = ["--nets", "recommended", "--num-epoch", "1", "--steps-per-epoch", "1", "--out", tmp_path / "one.png"]
     _, printed = inspect(capsys, *words)

@@ -192,11 +192,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def outside_cause(error: Exception, args: argparse.Namespace) -> str:
     """What outside the program has ended a run, in one line; nothing for an error of the program itself."""
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError) and "more than 1 value per channel" in text:  # torch has no class for it,
+    # torch has no class of its own for a batch of one image, nor gloo for a rank that has ended
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
         text = "BatchNorm cannot train on a batch of one image; change batch_size, num_meta or limit_train"
     elif is_out_of_memory(error):
         text = f"this does not fit in memory ({first_line(error)}); lower batch_size"
-    elif world_size() > 1 and isinstance(error, RuntimeError) and any(  # nor for a rank that has ended, under gloo
+    elif world_size() > 1 and isinstance(error, RuntimeError) and any(
         word in text.lower() for word in ("gloo", "nccl", "connection", "timed out")
     ):
         text = "another rank has ended; continue with --resume"

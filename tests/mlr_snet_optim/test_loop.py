@@ -35,7 +35,7 @@ def test_an_attached_schedule_is_not_copied_and_a_free_copy_does_not_complain():
 
 
 @pytest.mark.parametrize("how", ["new network", "new optimizer", "kept", "skipping"])
-@pytest.mark.parametrize("kind", [partial(SGD, momentum=0.9), torch.optim.AdamW])
+@pytest.mark.parametrize("kind", [SGD, partial(SGD, momentum=0.9), torch.optim.AdamW])
 def test_an_optimizer_that_no_longer_trains_is_told(kind, how):
     network = small_network()
     optimizer = trains = kind(network.parameters(), lr=0.01)
