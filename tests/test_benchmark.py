@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from studies.benchmark import MEASUREMENTS, SCRIPT, STEPS, alternate, cell, main
+from studies.benchmark import MEASUREMENTS, SCRIPT, STEPS, added_memory_mib, alternate, cell, main
 from studies.benchmark_steps import textbook_gradient
 from test_mlr_snet import OPTIMIZERS, ToyTask, loss_on, small_network, trained
 from test_scripts import ONE_THREAD
@@ -108,6 +110,14 @@ def run(*arguments, cwd):
 def test_a_fresh_process_answers_with_the_memory_of_one_variant(tmp_path):
     done = run("--memory-of", "meta step", cwd=tmp_path)
     assert done.returncode == 0 and float(done.stdout) > 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which forgets a peak on request")
+def test_memory_that_was_held_before_does_not_count(monkeypatch):
+    monkeypatch.setitem(STEPS, "nothing", lambda setting: lambda: None)
+    held = bytearray(300 * 2**20)
+    del held
+    assert added_memory_mib(SimpleNamespace(device=torch.device("cpu")), "nothing") < 100
 
 
 @pytest.mark.slow

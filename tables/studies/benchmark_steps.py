@@ -40,7 +40,8 @@ def build_images(args: argparse.Namespace, device: torch.device, precision: str 
     total = build_task(args.dataset, args.data_root, batch_size=1, **place).steps_per_epoch
     batches = total // args.batch_size
     if batches < 2:
-        raise ValueError(f"--batch-size {args.batch_size}: {args.dataset} has less than two; give at most {total // 2}")
+        raise ValueError(f"--batch-size {args.batch_size}: {args.dataset} has fewer than two such batches; "
+                         f"give at most {total // 2}")
     return build_task(
         args.dataset, args.data_root, batch_size=args.batch_size, num_meta=args.batch_size,
         limit_train=(batches - 1) * args.batch_size, autocast=autocast(device, precision), **place,
