@@ -114,7 +114,7 @@ def take_settings(args: argparse.Namespace, folder: Path) -> None:
             args.steps_per_epoch = int(json.loads((folder / "cost.json").read_text())["steps_per_epoch"])
         if not (folder / "args.json").exists():
             return
-        flags = read_record(folder)
+        flags = read_record(folder, "arguments")
         args.warmup, args.cooldown = flags["warmup"], flags["cooldown"]
         if args.gamma == "auto" and ((folder / FILE).exists() or flags["gamma"] == "measured"):
             args.gamma = 2 * read(folder).result.scale

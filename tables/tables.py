@@ -261,7 +261,7 @@ def _tell_moved(out: Path, cells: list[Cell]) -> None:
     moved: dict[str, str] = {}
     for cell in cells:
         with contextlib.suppress(ValueError):  # not begun
-            before = str(read_record(out / "runs" / cell.name).get("data_root"))
+            before = str(read_record(out / "runs" / cell.name, "arguments", "data_root"))
             now = str(Path(cell.arguments.get("data-root", before)).absolute())
             if now != before:
                 moved[before] = now

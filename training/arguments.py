@@ -175,8 +175,8 @@ def _resumed(parser: Parser, args: argparse.Namespace, given: set[str]) -> argpa
     if not record.exists():
         if (args.out / "checkpoint.pth").exists():
             raise ValueError(f"{record} is missing beside checkpoint.pth; restore it or start a new run elsewhere")
-        raise ValueError(f"--resume: no run in {args.out}; leave --resume out to start one")
-    stored = read_record(args.out)
+        raise ValueError(f"--resume: no run in {args.out}; give its folder as --out, or leave --resume out")
+    stored = read_record(args.out, "arguments")
     script = stored.get("script", args.script)
     if script != args.script:
         raise ValueError(f"--out {args.out} holds a run of {script}.py; resume it with that script")
@@ -241,6 +241,6 @@ def net_files(nets: list[str | Path]) -> str | list[Path]:
         return paths
     if not (paths[0] / "mlr_snet_1.pth").exists():
         raise ValueError(f"nets {paths[0]}: holds no nets of meta-train.py; give .pth files")
-    num_epochs = read_record(paths[0])["num_epoch"]
+    num_epochs = read_record(paths[0], "arguments", "num_epoch")
     epochs = [max(1, round(num_epochs / 200)), max(1, num_epochs // 2), num_epochs]
     return [paths[0] / f"mlr_snet_{epoch}.pth" for epoch in epochs]

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -247,13 +249,13 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "ranks": world_size()}
 
 
-def read_record(folder: Path, name: str = "arguments") -> Any:
-    """What the run's args.json holds under this name. ValueError where it holds nothing."""
+def read_record(folder: Path, *names: str) -> Any:
+    """What the run's args.json holds under these names, one inside the other. ValueError where it holds nothing."""
     record = folder / "args.json"
     try:
-        return json.loads(record.read_text())[name]
+        return reduce(getitem, names, json.loads(record.read_text()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{record} holds no run's {name} ({type(error).__name__})") from None
+        raise ValueError(f"{record} holds no run's {names[-1]} ({type(error).__name__})") from None
 
 
 def restore_surroundings(folder: Path, device: torch.device) -> None:
