@@ -161,7 +161,7 @@ def load_schedules(nets: str | Sequence[str | Path] = "recommended") -> list[MLR
 
 
 class ScaleError(ValueError):
-    """A loss from which the formula of γ gives no scale."""
+    """A loss from which the formula for γ gives no scale."""
 
 
 def lr_scale(loss: float, num_classes: int) -> float:
@@ -173,7 +173,7 @@ def lr_scale(loss: float, num_classes: int) -> float:
     """
     check_count("num_classes", num_classes)
     if not (math.isfinite(loss) and loss > 0):
-        raise ScaleError(f"the formula of the LR scale needs a positive and finite loss, got {loss}; {_GIVE_A_NUMBER}")
+        raise ScaleError(f"the formula for the LR scale needs a positive and finite loss, got {loss}; {_GIVE_A_NUMBER}")
     # Deviation: the floor of 1. Without it γ crosses zero at L = 1/C and training stops there.
     return math.sqrt(loss) * max(abs(math.log(loss * num_classes)), 1.0) / num_classes**0.25 / 4
 
@@ -284,12 +284,12 @@ class MLRSNetLR:
         lr_t = γ · A(ℓ_t; θ) · e(t)
 
     optimizer: any of torch's kind. Its rates count as ratios only: the group with the largest gets lr_t, and the others
-        keep their share of it. A group that is added later gets its rate over the present one as its share, or the full
-        rate where it names none.
+        keep their share of it. A group that is added later has its rate over the present one as its share, or 1 where
+        it sets none.
     nets: a list of MLRSNet, one of them, or the name of a shipped set. Net k of K drives the steps from k·num_steps//K
         on; `changes` names other steps. The LSTM state carries over, and past num_steps the last net goes on.
     num_steps: the planned optimizer steps of the run.
-    num_classes: C of the formula of γ; language models: the size of the vocabulary. Not needed where γ is a number.
+    num_classes: C of the formula for γ; language models: the size of the vocabulary. Not needed where γ is a number.
     perplexity: True for language models. L of the formula is exp(loss) then, and the net reads loss / ln(num_classes).
     gamma: γ, twice the peak rate, as a number; or a function without arguments that returns it, called at the first
         step and never after a state was loaded: lambda: measure_lr_scale(…).gamma; or "paper", lr_scale of the first
@@ -301,9 +301,9 @@ class MLRSNetLR:
         (perplexity=True: its perplexity) in eval mode, which is what the authors take.
     process_group: the ranks that train together (default: all); a group of one for independent runs.
 
-    A loss that is not finite leaves state and fraction as they are. On an accelerator the host waits only where γ is
-    set, if the nets lie there too and the optimizer is fused, and at every step of attach() under a GradScaler. Raises
-    ValueError for arguments that describe no run.
+    A loss that is not finite leaves state and fraction as they are. If the nets are on the accelerator too and the
+    optimizer is fused, the host waits only when γ is set, and at every step of attach() under a GradScaler. Raises
+    ValueError for invalid arguments.
     """
 
     second_order = False  # whether step() differentiates the loss again, so that its graph has to be kept
@@ -362,7 +362,7 @@ class MLRSNetLR:
     def prepare(self) -> None:
         """Read scale_loss now, where the coming step will set γ from it: before the forward pass, as the authors do.
 
-        Optional: step(loss) reads it otherwise, when BatchNorm's statistics have seen one batch more.
+        Optional: otherwise step(loss) reads it, after BatchNorm's statistics have seen one more batch.
         """
         if self.scale_loss and isinstance(self.chosen_gamma, str) and self._phase_now() != self.phase:
             self.level = self.scale_loss()
@@ -375,9 +375,9 @@ class MLRSNetLR:
     def step(self, loss: float | Tensor | None = None) -> None:
         """Set the rate of the step about to be taken from its training loss, a 0-d tensor or a number.
 
-        Under accumulation the mean over the micro-batches. With several ranks the loss is this rank's; the schedule
+        Under accumulation give the mean over the micro-batches. With several ranks give this rank's loss; the schedule
         reads the mean over the ranks. Raises TypeError without a loss, ValueError for a loss that is not 0-d or that
-        the formula of γ cannot take, RuntimeError beside attach() and when something else has set the rate.
+        the formula for γ cannot take, RuntimeError beside attach() and when something else has set the rate.
         """
         if self._is_attached():
             raise RuntimeError("attach() makes optimizer.step() call step(loss) already; leave out one of them")
@@ -541,7 +541,7 @@ class MLRSNetLR:
         if not math.isfinite(level):
             return math.nan
         if level > LARGEST_LOSS:
-            raise ScaleError(f"a loss of {level:g} is no cross-entropy, as the formula of γ needs; {_GIVE_A_NUMBER}")
+            raise ScaleError(f"a loss of {level:g} is no cross-entropy, as the formula for γ needs; {_GIVE_A_NUMBER}")
         return math.exp(level) if self.perplexity else level
 
 
@@ -568,8 +568,8 @@ class MetaMLRSNetLR(MLRSNetLR):
 
     The other arguments are MLRSNetLR's. Raises TypeError for an optimizer whose update is not affine in its learning
     rate, and for sparse gradients. step() raises RuntimeError for gradients that are still scaled: under GradScaler
-    call scaler.unscale_(optimizer) before it, or use attach(). A meta loss that is not finite leaves the net as it is,
-    with a warning; on an accelerator only the last update warns, so that the host need not wait.
+    call scaler.unscale_(optimizer) before it, or use attach(). Where the meta loss is not finite, the update is
+    skipped, with a warning; on an accelerator only the last update warns, so that the host does not wait.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ from mlr_snet_optim.restoring import parameters_of, preserved, preserved_modules
 
 RANGE_STEPS = 120  # in the range test, which spans five decades
 UNTRAINED_STEPS = 20  # the first of them, at rates that are too small to matter
-CLEARLY = 1.2  # standard deviations of the batches' losses by which it has to fall: three standard errors
+CLEARLY = 1.2  # standard deviations of the batches' losses that the loss has to fall by: three standard errors
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Trial:
 
     kind: str  # "range test" or "cosine"
     rates: list[float]
-    losses: list[float]  # not finite once it blew up
+    losses: list[float]  # not finite once it diverged
 
 
 @dataclass
@@ -107,19 +107,20 @@ def measure_lr_scale(
 
     c is run_over_trial. lr_range is the rate at which the smoothed loss of an LR range test is lowest. lr_trial is the
     best peak of four short cosines, guess/c times 1/6, 1/2, 3/2 or 9/2, by the mean loss of their second half; so the
-    scale is at most 4.5 guesses. Where even the lowest peak blows up, a 27th of the guess takes its place.
+    scale is at most 4.5 guesses. Where even the lowest peak diverges, a 27th of the guess takes its place.
 
     next_loss: returns the 0-d training loss of the network on the next batch, with its graph; or a list or generator of
-        the micro-batches' losses, whose sum is the loss of the step; or None where an epoch ends, and is asked again.
-        Where it has state_dict and load_state_dict, every trial sees the same batches.
+        the micro-batches' losses, whose sum is the loss of the step; or None at the end of an epoch, after which it is
+        called again. Where it has state_dict and load_state_dict, every trial sees the same batches.
     max_norm: clips the gradient.
     num_classes, perplexity, process_group: as in MLRSNetLR; groups, too: those left out train at their own rates.
     budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
     Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
-    no hooks of the optimizer. `network` is a ModuleList where next_loss runs several modules, as where a generator
-    is trained by a critic: what it lacks keeps the trials' gradients and statistics. All ranks find the same scale.
-    Where that test's loss does not fall clearly, it is the guess or, if lower, c · the rate at which the loss blows up.
+    no hooks of the optimizer. `network` is a ModuleList where next_loss runs several modules, as where a generator is
+    trained by a critic: what it lacks keeps the trials' gradients and statistics. All ranks find the same scale. Where
+    the loss of the range test does not fall clearly, the scale is the guess or, if lower, c · the rate at which the
+    loss diverges.
 
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
@@ -165,7 +166,7 @@ def try_rates(
 ) -> Trial:
     """Train one step at each of the rates, then restore everything as measure_lr_scale does.
 
-    Ends early once `until` is true of the losses; it is asked every ten steps, since the host waits for its answer.
+    Ends early once `until` is true of the losses; it is checked every ten steps, since the host waits for it.
     """
     losses: list[float] = []
     ratios = lr_ratios(optimizer, groups)
@@ -233,7 +234,7 @@ def _untrained_loss(losses: list[float]) -> tuple[float, float]:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """The running mean of the range test's losses, until they blow up, that is, clearly lose a fifth of their fall.
+    """The running mean of the range test's losses, until they diverge, that is, clearly lose a fifth of their fall.
 
     What follows does not count: a network can recover at an absurd rate.
     """
@@ -251,6 +252,6 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def _final_loss(trial: Trial) -> float:
-    """The mean loss of the second half; infinite if it blew up."""
+    """The mean loss of the second half; infinite if it diverged."""
     last = trial.losses[len(trial.losses) // 2 :]
     return sum(last) / len(last) if all(map(math.isfinite, trial.losses)) else math.inf

@@ -1,4 +1,4 @@
-"""What all the rest stands on: the ranks, the optimizer, device and precision, memory, and files."""
+"""Shared helpers: the ranks, the optimizer, device and precision, memory, and files."""
 
 import atexit
 import contextlib
@@ -103,8 +103,8 @@ def data_parallel(network: nn.Module) -> nn.Module:
     has_unused = getattr(network, "has_unused_parameters", False)
     parallel = DistributedDataParallel(_Parallel(network), find_unused_parameters=has_unused)
     if not has_unused:
-        # After the first backward pass DistributedDataParallel sums the gradients in other groups, and from three ranks
-        # on the groups matter to the last bit. This is that pass, so that a resumed run sums as an unbroken one does.
+        # DistributedDataParallel forms its buckets anew after the first backward pass, and from three ranks on they
+        # affect the last bit. This is that pass, so that a resumed run sums as an unbroken one does.
         parallel().backward()
         network.zero_grad()
     return parallel

@@ -45,7 +45,7 @@ class ImageFileError(ValueError):
 
 
 def read_image(path: str) -> Image.Image:
-    """The image in mode RGB, not turned by the EXIF tag of a photo, as torchvision does not turn it either.
+    """The image in mode RGB. The EXIF orientation is ignored, as torchvision does.
 
     ImageFileError for a file that cannot be read, unless this process holds too much.
     """

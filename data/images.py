@@ -253,7 +253,7 @@ class ImageTask:
         return self._measure(network, self.train, self.meta_indices)[0]
 
     def scale_loss(self, network: nn.Module) -> float:
-        """L of the formula of γ: the mean loss over the training images in eval mode. Source: the authors' utils.py.
+        """L of the formula for γ: the mean loss over the training images in eval mode. Source: the authors' utils.py.
 
         Deviation: without augmentation, and above 0, since γ has a floor where the images are memorised.
         """
@@ -322,8 +322,8 @@ def limited(labels: Tensor, indices: Tensor, limit: int | None, name: str, gener
 
 
 def check_classes(train: Tensor, meta: Tensor, test: Tensor) -> None:
-    """Of the labels of three sets of images: ValueError for a class that has none to train on, which a sample with
-    classes of equal size can use up. Says where more images of a class steer MLR-SNet than it trains on.
+    """Check the labels of the three sets: ValueError for a class without a training image, since a class-balanced
+    sample can take them all. Says where a class has more meta images than training images.
     """
     number = int(torch.cat([train, meta, test]).max()) + 1
     training, steering, tested = (torch.bincount(labels, minlength=number) for labels in (train, meta, test))

@@ -56,8 +56,8 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
         ids[split] = torch.tensor([index.get(token, index[UNKNOWN]) for token in tokens])
     unknown, number = (ids["test"][1:] == index[UNKNOWN]).sum().item(), len(ids["test"]) - 1
     if unknown and not (ids["train"] == index[UNKNOWN]).any():
-        say(f"{unknown} of {number} test tokens are not in the training text, which has no {UNKNOWN} to learn them by: "
-            f"each costs much perplexity; put {UNKNOWN} for the rare tokens of all splits")
+        say(f"{unknown} of {number} test tokens are not in the training text, which has no {UNKNOWN} either, so "
+            f"that each raises the perplexity sharply; replace the rare tokens of all splits by {UNKNOWN}")
     return TextData(**ids, vocabulary=list(index))
 
 
@@ -110,9 +110,8 @@ def _ptb_file(root: Path, split: str) -> Path:
 def pydoc(root: Path, tokens: str) -> TextData:
     """The language reference inside every Python; needs no download, and differs between versions of Python.
 
-    Distinct paragraphs in lower case, with words and punctuation as tokens. Of every ten paragraphs one is for
-    validation and one for testing. As in the Penn Treebank, rare words (fewer than three times in the training split)
-    are <unk>.
+    Distinct paragraphs in lower case, with words and punctuation as tokens. One paragraph in ten is for validation and
+    one for testing. As in the Penn Treebank, rare words (fewer than three times in the training split) are <unk>.
     """
     from pydoc_data.topics import topics
 
@@ -280,7 +279,7 @@ class TextTask:
         return self._mean_loss(network, self.valid)
 
     def scale_loss(self, network: nn.Module) -> float:
-        """L of the formula of γ: the perplexity of the training text in eval mode, as the authors take it."""
+        """L of the formula for γ: the perplexity of the training text in eval mode, as the authors take it."""
         return perplexity(self._mean_loss(network, self.train))
 
     def train_metrics(self, loss: float, accuracy: float) -> dict[str, float]:

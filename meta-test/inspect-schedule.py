@@ -1,4 +1,4 @@
-"""Look inside a learned schedule: what it makes of the loss, its rate along a run, and how much of that is a reaction.
+"""Inspect a learned schedule: how it responds to the loss, its rate over a run, and how much of that is a response.
 
 Example: python meta-test/inspect-schedule.py --nets paper --losses meta-train/result/resnet8_digits
 """
@@ -97,7 +97,7 @@ def read_losses(path: Path, args: argparse.Namespace) -> Tensor:
     if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
         raise ValueError(f"--losses {path}: needs positive and finite training losses")
     if args.gamma == "auto" and "train_r2" in rows[0]:
-        raise ValueError(f"--losses {path}: a regression, for which the formula of γ is not made; give --gamma NUMBER")
+        raise ValueError(f"--losses {path}: a regression, for which the formula for γ is not made; give --gamma NUMBER")
     if args.perplexity != ("train_ppl" in rows[0]):
         kind, advice = ("images", "leave out --perplexity") if args.perplexity else ("text", "give --perplexity, too")
         raise ValueError(f"--losses {path}: a run of {kind}; {advice}")
@@ -155,7 +155,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decay", type=number(float, 1e-6, 1e6), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
         help="without --losses: a training loss that falls exponentially, in nats (default: 2.3 0.01)")
     add("--num-epoch", type=number(int, 1), default=60, help="epochs of that decay (default: 60)")
-    add("--steps-per-epoch", type=number(int, 1), metavar="N", help="(default: those of the run of --losses, or 20)")
+    add("--steps-per-epoch", type=number(int, 1), metavar="N",
+        help="steps of an epoch (default: those of the run of --losses, or 20)")
     add("--num-classes", type=number(int, 2), metavar="N",
         help="classes, or the size of the vocabulary, which --perplexity needs (default: 10)")
     add("--perplexity", action="store_true", help="the losses are a language model's")

@@ -130,7 +130,7 @@ def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter], r
 
 
 def bare_step(optimizer: Optimizer) -> None:
-    """optimizer.step() without the hooks that are registered on it; autocast forgets the weights that it has cast."""
+    """optimizer.step() without the hooks that are registered on it; clears autocast's cache of cast weights."""
     attributes = vars(optimizer)
     hooks = {name: attributes[name] for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
     attributes.update((name, OrderedDict()) for name in hooks)

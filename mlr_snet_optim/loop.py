@@ -50,8 +50,8 @@ def is_registered(handle: RemovableHandle) -> bool:
 
 
 class LoopWatch:
-    """Tells where the first two steps of a schedule show that the loop is out of order, where its plan is over, and
-    where the optimizer no longer steps.
+    """Warns where the first two steps show that the loop makes its calls in the wrong order, where the planned steps
+    are over, and where the optimizer no longer steps.
     """
 
     LONG_IDLE = 50  # calls without a step of the optimizer; GradScaler skips fewer in a row
@@ -124,7 +124,7 @@ class LoopWatch:
         return any(self.optimizer.state.values())
 
     def check_reach(self, ratios: Ratios, lr: float | Tensor) -> None:
-        """RuntimeError for gradients of a GradScaler, which the length of the first finite lookahead shows, too."""
+        """RuntimeError where gradients are still scaled, as the length of the first finite lookahead shows, too."""
         if getattr(self.optimizer, "grad_scale", None) is not None:  # of a fused optimizer
             raise RuntimeError("the gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step()")
         update = {} if self.is_reach_checked else update_directions(self.optimizer, ratios)

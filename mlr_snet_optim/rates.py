@@ -71,8 +71,8 @@ def settled_ratios(
 ) -> list[float | None]:
     """`ratios` and those of the groups that were added since; `groups` as in lr_ratios.
 
-    RuntimeError where a rate is not the one of `lr_set`, which was set last (nothing before the first step). Looks at
-    no rate on an accelerator unless a group is new.
+    RuntimeError where a rate differs from `lr_set`, the rates set last (empty before the first step). Reads no rate
+    from an accelerator unless a group is new.
     """
     present, settled = optimizer.param_groups, list(ratios)
     if len(present) < len(settled):

@@ -1,4 +1,4 @@
-"""Restores, bit for bit, what a step on trial moves: weights, buffers, gradients and an optimizer's state."""
+"""Restores, bit for bit, what a trial step moves: weights, buffers, gradients and an optimizer's state."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -18,8 +18,8 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 def preserved(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
     """Restores the tensors bit for bit on exit; yields their copies by tensor.
 
-    Autocast forgets the weights that it has cast, as it has to wherever they have moved: where a caller's whole step
-    lies in one autocast region, the network would run with old ones.
+    Clears autocast's cache of cast weights, since the weights have moved: where a caller's whole step lies in one
+    autocast region, the network would otherwise run with stale ones.
     """
     copies = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in tensors if not _is_expanded(tensor)}
     copy_all(copies.keys(), copies.values())
@@ -64,8 +64,8 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[None]:
     """Restores which of the network's modules are in training mode, and which tensors their buffers are.
 
-    RuntimeError where the block changes or replaces a parameter that is not one of `moving`, as a forward pass does
-    that moves a second encoder.
+    RuntimeError where the block changes or replaces a parameter outside `moving`, as a forward pass that updates a
+    momentum encoder does.
     """
     modules = [(module, module.training, dict(module._buffers)) for module in network.modules()]
     copied = set(moving)

@@ -29,7 +29,7 @@ def write_cifar10(downloads: Path, folder: Path) -> None:
 
 
 def write_wikitext2(source: Path, folder: Path) -> None:
-    """folder/{train,valid,test}.txt: the validation text trains, of the test text 200 lines validate and half tests.
+    """folder/{train,valid,test}.txt: the validation text; the first 200 lines of the test text; its second half.
 
     OSError where wiki.valid.tokens or wiki.test.tokens is missing in `source`.
     """

@@ -23,7 +23,7 @@ COLUMNS = ["group", "method", "metric", "seeds", "finished", "last_mean", "last_
            "train_clean_acc_std", "target", "reached", "steps_to_target", "seconds_to_target", "seconds", *COSTS,
            *COST_TITLES]
 
-STEPS = "Steps are forward passes for each step of the run, so that 1.10 means a tenth more than training."
+STEPS = "The column steps counts forward passes per training step: 1.10 means a tenth more than training itself."
 
 
 def summarise(runs: Sequence[Run], target: float | None) -> list[Record]:

@@ -46,16 +46,17 @@ def regret_of(folder: Path, runs: list[Run], records: list[Record], highlight: S
     num_ends = len([peak for peak in peaks if peak.get("is_end_of_grid")])
     ends = ""
     if num_ends:
-        ends = f" On {num_ends} problems the best peak is an end of its grid: a wider one may hold a better."
+        ends = f" On {num_ends} problems the best peak is an end of its grid: a wider grid may hold a better peak."
     unmarked = [peak["group"] for peak in peaks if "best_peak" not in peak]
     left_out = f" Left out, since every cosine of the grid diverged there: {', '.join(unmarked)}." if unmarked else ""
     return [
         f"Regret over {len(peaks) - len(unmarked)} problems, of the live weights:{left_out}", "",
         *markdown(_rows(summaries, highlight)),
         *_each_problem(records, [summary["method"] for summary in shown(summaries, highlight, MOST_ROWS)]),
-        "Regret is in points of accuracy, for regression of explained variance, behind the best of a grid of cosines, "
-        "or per cent of its perplexity; the best is picked on test data. Brackets hold the 95 % interval of a mean by "
-        f"Student's t over the problems, or over a single one's seeds. {STEPS} "
+        "Regret is the distance behind the best of a grid of cosines: in points of accuracy (regression: of explained "
+        "variance), or in per cent of the cosine's perplexity. The best is picked on test data by its live weights, "
+        "which averaged weights are compared with, too. The worst problem is that by the mean over its seeds. Brackets "
+        f"hold the 95 % interval of a mean by Student's t over the problems, or over a single one's seeds. {STEPS} "
         "[regret.csv](regret.csv) has every regret, with live and with averaged weights, and [table.csv](table.csv) "
         f"every result.{ends}", "",
         *([measured, ""] if near else []), "![Share of the problems against the regret](regret.png)", "",

@@ -1,4 +1,4 @@
-"""How lines and problems are called: for the files of a result, and for its readers."""
+"""The names of lines and problems: for the files of a result, and for its readers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -37,7 +37,7 @@ files in --out:
 
 def refused(text: str) -> None:
     """The argparse type of flags of the authors' language-modelling script that mean something else here."""
-    raise argparse.ArgumentTypeError("of the authors' script; here --network lstm2 or lstm3, and --embed-size")
+    raise argparse.ArgumentTypeError("is a flag of the authors' script; use --network lstm2 or lstm3, and --embed-size")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, network: str) -> None:

@@ -33,7 +33,7 @@ TEXT_OPTIONS = ("seq_len", "tokens", "clip")
 def start(args: argparse.Namespace) -> torch.device:
     """Settle the process: its device, its ranks and its algorithms; those of the run that it resumes.
 
-    ValueError for a device that is not available. Ends ranks whose arguments differ.
+    ValueError for a device that is not available. Ends all ranks where their arguments differ.
     """
     device = pick_device(args.device)
     end_with_launcher()
@@ -48,7 +48,7 @@ def start(args: argparse.Namespace) -> torch.device:
 
 
 def task_of(args: argparse.Namespace, device: torch.device) -> ImageTask | TextTask:
-    """The task. ValueError for data that are not available. Ends ranks whose data differ."""
+    """The task. ValueError for data that are not available. Ends all ranks where their data differ."""
     names = TEXT_OPTIONS if args.dataset in TEXTS else IMAGE_OPTIONS
     task = build_task(
         args.dataset, args.data_root, batch_size=args.batch_size, limit_train=args.limit_train,

@@ -70,8 +70,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes no abbreviations and, under torchrun, reports an error of all ranks once.
 
-    `files`, on what the script writes, and `examples` are shown below the help. The usage names no flags, for all
-    stand in their groups, --help too.
+    `files`, on what the script writes, and `examples` are shown below the help. The usage line lists no flags, since
+    all of them, including --help, are in their groups.
     """
 
     def __init__(self, description: str | None, examples: str, files: str = ""):
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _let_first_rank_speak() -> None:
-    """Wait, on another rank than the first: an error that all ranks have is printed there, and ends the others."""
+    """Wait, on every rank but the first, which prints an error common to all ranks, and whose exit ends the others."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         time.sleep(SECONDS_TO_END)
 
@@ -102,7 +102,7 @@ def in_flags(message: str, names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def user_errors(args: argparse.Namespace | None = None) -> Iterator[None]:
-    """Around a script's wiring: what the user asked for and cannot have is one line and exit status 2.
+    """Wraps a script's setup: an error that the user can mend ends it with one line and exit status 2.
 
     Names of arguments are shown as flags. With several ranks, an error of one of them ends all, and is printed once. No
     collective but agree() may run inside.

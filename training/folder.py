@@ -94,10 +94,10 @@ class Metrics:
 
 
 class Cost:
-    """What a run takes: passes through the network without its tests, and the peak of the memory in MiB with them.
+    """The cost of a run: passes through the network, without tests, and peak memory in MiB, with tests.
 
-    images_per_pass are those of a training pass. One in eval mode, as for the paper's γ, counts by its number of them;
-    for text (None) it is as large. Where the network is compiled, passes are not counted.
+    images_per_pass is the number of images in a training pass. A pass in eval mode, as for the paper's γ, counts in
+    proportion to its images; for text (None) it counts as one. Passes of a compiled network are not counted.
     """
 
     def __init__(self, network: nn.Module, is_compiled: bool, images_per_pass: float | None = None):

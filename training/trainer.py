@@ -141,7 +141,7 @@ class Trainer:
             torch.manual_seed(self.args.seed + rank())  # for dropout: all that must agree is drawn by now
 
     def run(self) -> int:
-        """Train to the end; returns the exit status: 0, 1 where it diverged, 2 for a fault outside, 128 + a signal."""
+        """Train to the end. Exit status: 0, 1 where it diverged or failed, 2 for bad input, 128 + a signal."""
         try:
             double_backward = twice_differentiable(self.network) if self.schedule.second_order else nullcontext()
             with StopSignal() as stop, double_backward:
@@ -242,7 +242,7 @@ class Trainer:
         self.log.gamma(self.step, gamma)
         if before and gamma > 1.5 * before:
             warn(f"gamma has risen from {before:.3g} with the loss in eval mode, as where BatchNorm's statistics lag "
-                 "behind in a short run; a number for --gamma stays")
+                 "behind in a short run; a number for --gamma keeps it fixed")
 
     def _fetch(self, steps: list[Step]) -> None:
         """Bring the numbers of the steps to the host and log them. FloatingPointError at the first not finite."""
