@@ -47,6 +47,13 @@ def test_a_small_calibration_is_resumed_and_writes_its_page(tmp_path, capsys, mo
     assert read_jsonl(tmp_path / "out" / "runs.jsonl")[0]["study"] == "calibrate"
 
 
+def test_a_calibration_that_goes_on_at_another_commit_says_so(tmp_path, capsys):
+    calibrate.Cache(tmp_path / "runs.jsonl", {"commit": "old"})
+    assert not capsys.readouterr().err
+    calibrate.Cache(tmp_path / "runs.jsonl", {"commit": "new"})
+    assert "was begun at commit old" in capsys.readouterr().err
+
+
 def test_a_word_that_is_in_no_problem_is_one_line_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         calibrate.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "nothing"])

@@ -41,6 +41,7 @@ from studies.calibration_problems import (
     load_data,
 )
 from training.command_line import show_safely, user_errors
+from training.log import warn
 from utils import write_atomically
 
 TRIAL_STEPS = 15
@@ -64,6 +65,8 @@ class Cache:
             write_atomically(path, content[: content.rfind("\n") + 1].encode())
         self.header, *rows = read_jsonl(path)
         self.rows = {tuple(row[name] for name in KEY): row for row in rows}
+        if header and header["commit"] != self.header["commit"]:
+            warn(f"{path} was begun at commit {self.header['commit']}; what it holds is not run again")
 
     def get(self, key: tuple[Any, ...], make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         if key not in self.rows:
