@@ -7,6 +7,7 @@ import io
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,16 @@ def init_distributed(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(disconnect)
     return device
+
+
+def disconnect() -> None:
+    """Leave the ranks. Before torch 2.8, gloo's group waits for its threads with the GIL held, and a thread needs the
+    GIL to free the tensors of its last collective: the pause lets it. Source: pytorch's pull request 154976.
+    """
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR
 from mlr_snet_optim.ranks import all_reduce_mean
 from mlr_snet_scale import measure_lr_scale
+from utils import disconnect
 
 KINDS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
@@ -103,4 +104,4 @@ if __name__ == "__main__":
             for meta_point in ("lookahead", "average"):
                 ends[f"{kind} {meta_point} {is_sharded}"] = learned(kind, meta_point, is_sharded)
     torch.save(ends, Path(sys.argv[1]) / f"{dist.get_rank()}.pth")
-    dist.destroy_process_group()
+    disconnect()
