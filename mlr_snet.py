@@ -501,7 +501,7 @@ class MLRSNetLR:
 
     def _device(self) -> torch.device:
         """Where the ranks can reduce a number."""
-        return self.optimizer.param_groups[0]["params"][0].device
+        return parameters_of(self.optimizer)[0].device
 
     def _input(self, loss: Tensor) -> Tensor:
         """What the LSTM reads: the loss, 0 where it is not finite."""
@@ -593,7 +593,8 @@ class MetaMLRSNetLR(MLRSNetLR):
         check_affine(self.optimizer)
         if not set(parameters_of(self.optimizer)) & set(network.parameters()):
             raise ValueError("network shares no parameter with the optimizer: give the one that trains, not a copy")
-        if any(getattr(module, "sparse", False) for module in network.modules()):
+        embeddings = (module for module in network.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+        if any(module.sparse for module in embeddings):
             raise TypeError("a module has sparse gradients, which are not supported; build it with sparse=False")
         self.t_val = steps_between_updates(t_val, num_steps)
         if meta_point not in ("lookahead", "average"):
@@ -647,6 +648,7 @@ class MetaMLRSNetLR(MLRSNetLR):
     def load_state_dict(self, state: dict[str, Any], rescale: bool = False) -> None:
         super().load_state_dict(state, rescale)
         self.adam.load_state_dict(copy.deepcopy(state["adam"]))  # which keeps the tensors that it is given
+        self.watch.is_reach_checked = self.steps_taken >= self.t_val  # as in the unbroken run
         if self.average:
             self.average.load_state_dict(state["average"])
 

@@ -3,9 +3,8 @@
     measured = measure_lr_scale(network, optimizer, next_loss, num_steps, num_classes=10)
     schedule = MLRSNetLR(optimizer, nets, num_steps, gamma=measured.gamma)
 
-It runs an LR range test, then four short cosines, and restores network, optimizer and random generators. In a run
-that may be resumed give the schedule a function instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at
-its first step only. Needs torch, mlr_snet and mlr_snet_optim only.
+It runs an LR range test and four short cosines, and restores everything. In a run that may be resumed give a function
+instead, gamma=lambda: measure_lr_scale(…).gamma, which is called at the first step only. Needs torch only.
 """
 
 import copy
@@ -28,7 +27,7 @@ from mlr_snet import LARGEST_LOSS, lr_scale
 from mlr_snet_optim.directions import bare_step
 from mlr_snet_optim.loop import unwrapped
 from mlr_snet_optim.ranks import all_reduce_mean
-from mlr_snet_optim.rates import lr_ratios, set_lr
+from mlr_snet_optim.rates import lr_ratios, set_lr, unshare_rates
 from mlr_snet_optim.restoring import parameters_of, preserved, preserved_modules, preserved_optimizer, without_gradients
 
 RANGE_STEPS = 120  # in the range test, which spans five decades
@@ -116,11 +115,11 @@ def measure_lr_scale(
     num_classes, perplexity, process_group: as in MLRSNetLR; groups, too: those left out train at their own rates.
     budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
-    Restores network, optimizer, gradients and random generators bit for bit, copies only what training moves, and runs
-    no hooks of the optimizer. `network` is a ModuleList where next_loss runs several modules, as where a generator is
-    trained by a critic: what it lacks keeps the trials' gradients and statistics. All ranks find the same scale. Where
-    the loss of the range test does not fall clearly, the scale is the guess or, if lower, c · the rate at which the
-    loss diverges.
+    Restores network, optimizer, gradients and random generators bit for bit, and runs no hooks of the optimizer.
+    `network` is a ModuleList where next_loss runs several modules: what it lacks keeps the trials' gradients and
+    statistics. All ranks find the same scale. Where the range test's loss does not fall clearly, the scale is the guess
+    or, if lower, c · the rate where it diverges; `refusal` says so, and where another optimizer than SGD and Adam does
+    best at the largest peak.
 
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
@@ -136,7 +135,7 @@ def measure_lr_scale(
     range_test = try_at("range test", range_rates, until=lambda losses: len(smoothed(losses)) < len(losses))
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
-        raise ValueError(f"the training loss is {range_test.losses[0]:.4g} at rates near zero; check network and data")
+        raise ValueError(f"of {UNTRAINED_STEPS} losses at rates near zero one is not finite; check network and data")
     guess, smooth = guessed_scale(optimizer, start, num_classes, perplexity), smoothed(range_test.losses)
     lowest = min(smooth[UNTRAINED_STEPS:], default=start)
     if start - lowest < CLEARLY * noise:
@@ -153,7 +152,10 @@ def measure_lr_scale(
             guess, ratio = guess / 27, 1 / 3
         peak *= ratio
     lr_range, lr_trial = range_test.rates[smooth.index(lowest)], min(trials, key=_final_loss).rates[0]
-    return MeasuredScale(median((guess, c * lr_range, c * lr_trial)), [range_test, *trials])
+    refusal, calibrated = "", (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    if lr_trial == trials[-1].rates[0] <= lr_range and not isinstance(optimizer, calibrated):
+        refusal = "the largest peak tried is the best, and a far larger one may be better; give the scale as a number"
+    return MeasuredScale(median((guess, c * lr_range, c * lr_trial)), [range_test, *trials], refusal)
 
 
 # ---------------------------------------------------------------------------------------------- trials
@@ -171,6 +173,8 @@ def try_rates(
     losses: list[float] = []
     ratios = lr_ratios(optimizer, groups)
     with _restored_run(network, optimizer, next_loss), torch.enable_grad():
+        if groups is not None:
+            unshare_rates(optimizer)  # the sharing is restored with the options
         while len(losses) < len(rates) and not (losses and until(losses)):
             some = []
             for lr in rates[len(losses) :][:10]:

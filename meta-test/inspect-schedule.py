@@ -56,9 +56,10 @@ def follow(nets: list[MLRSNet], losses: Tensor, args: argparse.Namespace) -> Run
     weight.grad = torch.zeros(1)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     epochs = SimpleNamespace(steps_per_epoch=args.steps_per_epoch)
+    num_epochs = args.planned or len(losses) // args.steps_per_epoch
     schedule = MLRSNetLR(
-        optimizer, nets, len(losses), num_classes=args.num_classes, perplexity=args.perplexity, gamma=args.gamma,
-        changes=epoch_changes(epochs, len(losses) // args.steps_per_epoch, len(nets)), warmup=args.warmup,
+        optimizer, nets, num_epochs * args.steps_per_epoch, num_classes=args.num_classes, perplexity=args.perplexity,
+        gamma=args.gamma, changes=epoch_changes(epochs, num_epochs, len(nets)), warmup=args.warmup,
         cooldown=args.cooldown,
     )
     fractions, rates = [], []
@@ -105,7 +106,7 @@ def read_losses(path: Path, args: argparse.Namespace) -> Tensor:
 
 
 def take_settings(args: argparse.Namespace, folder: Path) -> None:
-    """Take the steps per epoch, warm-up, cool-down and, where it was a number or measured, γ from a run's folder.
+    """Take steps per epoch, planned epochs, warm-up, cool-down and, where a number or measured, γ from a run's folder.
 
     ValueError for a damaged file there.
     """
@@ -115,7 +116,7 @@ def take_settings(args: argparse.Namespace, folder: Path) -> None:
         if not (folder / "args.json").exists():
             return
         flags = read_record(folder, "arguments")
-        args.warmup, args.cooldown = flags["warmup"], flags["cooldown"]
+        args.warmup, args.cooldown, args.planned = flags["warmup"], flags["cooldown"], flags["num_epoch"]
         if args.gamma == "auto" and ((folder / FILE).exists() or flags["gamma"] == "measured"):
             args.gamma = 2 * read(folder).result.scale
         elif args.gamma == "auto" and flags["gamma"] != "paper":
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         nets = load_schedules(files)
         names = list(SHIPPED[files]) if isinstance(files, str) else [path.name for path in files]
         args.warmup = args.cooldown = 0.0
+        args.planned = None  # epochs, where the losses are of a run that was stopped
         if args.losses:
             metrics = args.losses / "metrics.csv" if args.losses.is_dir() else args.losses
             take_settings(args, metrics.parent)

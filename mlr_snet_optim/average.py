@@ -23,7 +23,7 @@ class Average:
     def __init__(self, network: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"average decay {decay}: must be at least 0 and below 1")
-        self.network, self.decay = network, decay
+        self.network, self.decay, self.is_started = network, decay, False
         self.parameters: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
         # 16 bits would round (1 − β)·(w − w̄) away.
         self.weights = [
@@ -44,6 +44,9 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
+        if not self.is_started:  # weights may have been loaded or broadcast since the construction
+            copy_all(self._present(), self.weights)
+            self.is_started = True
         # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
         torch._foreach_lerp_(self.weights, self._present(), 1 - self.decay)
 
@@ -78,3 +81,4 @@ class Average:
             raise ValueError("the state holds the average of another network, or of other parameters of it")
         for weight, saved in zip(self.weights, state["weights"], strict=True):
             weight.copy_(saved)
+        self.is_started = True

@@ -16,7 +16,8 @@ from mlr_snet_optim.restoring import parameters_of, whole
 
 def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer that Accelerate or Lightning has wrapped, or itself."""
-    while type(optimizer).__module__.split(".")[0] in ("accelerate", "lightning", "pytorch_lightning"):
+    packages = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+    while type(optimizer).__module__.split(".")[0] in packages:
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -47,6 +48,10 @@ def before_update(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHan
 
 def is_registered(handle: RemovableHandle) -> bool:
     return handle.id in (handle.hooks_dict_ref() or {})
+
+
+class ReachError(RuntimeError):
+    """The next step moves the weights too far to be meant."""
 
 
 class LoopWatch:
@@ -99,7 +104,7 @@ class LoopWatch:
         if all(parameter.grad is None for parameter in parameters_of(self.optimizer)):
             return ("no parameter of the optimizer has a gradient: call step(loss) after backward(), and give the "
                     "schedule the optimizer of the network that trains")
-        states = [state for state in self.optimizer.state.values() if isinstance(state, dict)]
+        states = [state for state in self.optimizer.state.values() if isinstance(state, dict) and state]
         steps = [state.get("step", 1) for state in states]  # Adagrad's begins with 0
         if schedule.phase < 0 and not schedule.steps_taken and any(step > 0 for step in steps):
             return ("the optimizer has trained before, and this schedule starts at its first step: in a resumed run "
@@ -124,7 +129,7 @@ class LoopWatch:
         return any(self.optimizer.state.values())
 
     def check_reach(self, ratios: Ratios, lr: float | Tensor) -> None:
-        """RuntimeError where gradients are still scaled, as the length of the first finite lookahead shows, too."""
+        """RuntimeError where gradients are still scaled; ReachError where the first finite lookahead is that long."""
         if getattr(self.optimizer, "grad_scale", None) is not None:  # of a fused optimizer
             raise RuntimeError("the gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step()")
         update = {} if self.is_reach_checked else update_directions(self.optimizer, ratios)
@@ -136,7 +141,7 @@ class LoopWatch:
         if not moved.isfinite():
             return
         if moved > 10 * weights.clamp(min=1) or _has_scaled_gradients(self.optimizer):
-            raise RuntimeError(
+            raise ReachError(
                 f"the next step moves weights of norm {float(weights):.3g} by {float(moved):.3g}: under GradScaler "
                 "call scaler.unscale_(optimizer) before step(loss), or use attach(); else lower gamma, and scale the "
                 "targets of a regression to about 1"
@@ -174,5 +179,6 @@ def check_arrived(driven: list[nn.Parameter], terms: dict[nn.Parameter, Tensor],
         shown = ", ".join(names.get(parameter, f"one of shape {tuple(parameter.shape)}") for parameter in missing[:5])
         raise RuntimeError(
             f"{len(missing)} of {len(driven)} parameters with a training gradient got none from meta_loss ({shown}): "
-            "it has to use the same network, without checkpointing by use_reentrant=True; or freeze them"
+            "it has to use the same network, without checkpointing by use_reentrant=True; or freeze them. Where the "
+            "network skips some by design, add 0 * sum(p.sum() for p in network.parameters()) to the meta loss"
         )

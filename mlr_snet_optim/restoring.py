@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,7 +50,8 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     RuntimeError where one is a view, as DDP's buckets make them, which a backward pass through DDP would overwrite.
     """
     gradients = {parameter: parameter.grad for parameter in parameters}
-    if any(gradient is not None and gradient._is_view() for gradient in gradients.values()):
+    has_views = any(gradient is not None and gradient._is_view() for gradient in gradients.values())
+    if has_views and dist.is_available() and dist.is_initialized():
         raise RuntimeError("gradients are views of DDP's buckets: build DDP without gradient_as_bucket_view=True")
     for parameter in gradients:
         parameter.grad = None
@@ -68,6 +70,8 @@ def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[
     momentum encoder does.
     """
     modules = [(module, module.training, dict(module._buffers)) for module in network.modules()]
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module, _, _ in modules):
+        raise TypeError("FullyShardedDataParallel is not supported here: shard by torch's fully_shard")
     copied = set(moving)
 
     def others() -> dict[str, Any]:
@@ -80,7 +84,8 @@ def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[
     finally:
         for module, is_training, buffers in modules:
             module.training = is_training
-            module._buffers.update(buffers)
+            for name, buffer in buffers.items():  # one by one: a ScriptModule's have no update()
+                module._buffers[name] = buffer
     after = others()
     changed = [name for name, place in before.items() if after.get(name) != place]
     if changed:

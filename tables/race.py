@@ -22,7 +22,7 @@ from runs import rows_of
 from tqdm import tqdm
 
 from training.folder import FolderLock
-from utils import read_text, write_atomically
+from utils import first_line, read_text, write_atomically
 
 # Runs are forked from a process that has imported what takes a script seconds to import.
 WARM = ("torch", "torchvision", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.model_selection")
@@ -166,7 +166,11 @@ class Race:
         self._prepare(threads)
         for run in self.runs:
             if not self.stopped and not run.is_done:
-                self.jobs[executor.submit(run)] = run
+                try:
+                    self.jobs[executor.submit(run)] = run
+                except RuntimeError as error:  # submitit's, with what Slurm says
+                    self._stop()
+                    raise ValueError(f"--slurm: {first_line(error)}") from None
         if self.stopped:  # while a job was being submitted
             self._stop()
         self._follow(self.jobs.copy())
@@ -223,5 +227,5 @@ def _epochs_in(folder: Path) -> int:
     """How many a run has finished; 0 where its metrics are damaged, which collect() tells."""
     try:
         return len(rows_of(folder))
-    except ValueError:
+    except (ValueError, TypeError):
         return 0

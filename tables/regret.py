@@ -227,7 +227,10 @@ def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
 def measured_lr(runs: list[Run], members: list[Record]) -> float | None:
     """The measured rate of a problem, the geometric mean over its seeds, where its runs have measured one."""
     names = {name for record in members for name in record["names"].values()}
-    rates = {run.seed: run.lr_scale["scale"] for run in runs if run.name in names and run.lr_scale}
+    mine = [run for run in runs if run.name in names]
+    optimizers = {run.arguments.get("optimizer") for run in mine if run.method in GRID}
+    rates = {run.seed: run.lr_scale["scale"] for run in mine
+             if run.lr_scale and run.arguments.get("optimizer") in optimizers}
     return statistics.geometric_mean(rates.values()) if rates else None
 
 

@@ -79,7 +79,7 @@ def _tables(records: list[Record], published: Published, highlight: Sequence[str
         notes.append("Best epochs are picked on test data.")
         if _any_has(records, "relative_seconds"):
             notes.append("Time, passes and memory are relative to fixed (text: sgd+val). "
-                         "Only time and passes leave evaluation out.")
+                         "Only the passes leave evaluation out.")
     else:
         lines = []
         for name, weights in {"last": "after the last epoch", "average": "of the averaged weights"}.items():

@@ -107,7 +107,7 @@ def more_seeds(text: str) -> tuple[str, int]:
 def override(text: str) -> tuple[str, str]:
     """An argparse type: FLAG=VALUE of a script."""
     name, value = assignment(text)
-    flag = name.replace("_", "-")
+    flag = {"optim": "optimizer"}.get(name, name.replace("_", "-"))
     if flag in NOT_FOR_SET:
         raise argparse.ArgumentTypeError(f"{flag}: {NOT_FOR_SET[flag]}")
     try:
@@ -208,7 +208,7 @@ def render_all(results: list[Path]) -> None:
             raise ValueError(f"{result}: has no runs.jsonl; give the folder of a result")
         try:
             render(result.absolute())
-        except (LookupError, ValueError, TypeError, AttributeError, ImportError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ImportError, StopIteration) as error:
             raise ValueError(f"{result}: a damaged result ({type(error).__name__}: {error})") from None
     write_index()
 

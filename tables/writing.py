@@ -16,6 +16,7 @@ from utils import write_atomically
 
 MOST_ROWS = 12  # of a table on a page
 FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"  # the committed ones
 INDEX = "<!-- one line per result, written by tables.py --render -->\n"
 
 
@@ -72,7 +73,7 @@ def write_page(
     Each of the facts has a run's "commit", "hardware" and "versions".
     """
     reading = {"title": title, "question": question, "reading": "", "note": ""}
-    if folder.parent.name == "results":  # not a new run of the same table, of which it may not be true
+    if folder.resolve().parent == RESULTS:  # not a new run of the same table, of which it may not be true
         reading |= read_toml("readings.toml").get(folder.name, {})
     lines = [f"# {reading['title']}", "", f"*{reading['question']}*", ""]
     lines += [reading["reading"], ""] if reading["reading"] else []

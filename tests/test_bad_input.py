@@ -78,6 +78,7 @@ TOGETHER = [
     (META_TEST, ["--schedule", "rtho", "--num-meta", "20", "--compile"], "leave --compile out"),
     (META_TEST, ["--schedule", "prodigy"], "works with --optimizer adam or adamw, not sgd"),
     (META_TEST, ["--schedule", "prodigy", "--lr", "measured"], "finds its rate itself"),
+    (META_TEST, ["--warmup", "0.7", "--cooldown", "0.7"], "together at most 1"),
     (META_TRAIN, ["--corruption", "nonsense"], "nonsense"), (META_TRAIN, ["--severity", "9"], "at most 5"),
     (META_TRAIN, ["--label-noise", "2"], "at most 1"), (META_TRAIN, ["--noise-kind", "some"], "invalid choice"),
 ]

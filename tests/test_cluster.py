@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from cluster import build_executor
-from race import CellRun
+from race import CellRun, Race
 from test_tables import SCRIPT, wait_for
 
 
@@ -36,6 +37,18 @@ def test_slurm_options_reach_the_batch_script(tmp_path, monkeypatch):
     lines = script.read_text().splitlines()
     for line in ("--partition=short", "--gpus-per-node=1", "--time=30", "--signal=USR2@90"):
         assert f"#SBATCH {line}" in lines
+
+
+def test_a_job_that_slurm_refuses_ends_the_table_with_its_words_and_cancels_the_others(tmp_path):
+    job = Mock()
+    submit = Mock(side_effect=[job, RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit\nmore")])
+
+    race = Race([], tmp_path)
+    race._prepare = lambda threads: None
+    race.runs = [CellRun(name, ["script.py"], tmp_path / name, threads=1) for name in ("first", "second")]
+    with pytest.raises(ValueError, match="--slurm: sbatch: error: QOSMaxSubmitJobPerUserLimit$"):
+        race.run_on(Mock(submit=submit), threads=1)
+    job.cancel.assert_called_once()
 
 
 @pytest.mark.slow

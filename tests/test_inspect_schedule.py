@@ -86,6 +86,16 @@ def test_the_rates_along_a_run_are_those_of_the_run(tmp_path, capsys, more):
     assert last == pytest.approx(share * float(rows[-1].split(",")[1]), rel=0.05)
 
 
+def test_the_rates_along_a_run_that_was_stopped_are_those_of_its_plan(tmp_path, capsys):
+    words = [*SMALL, "--num-epoch", "6", "--nets", "recommended", "--cooldown", "0.5", "--gamma", "0.3"]
+    assert call(capsys, META_TEST, *words, "--out", tmp_path).returncode == 0
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    (tmp_path / "metrics.csv").write_text("\n".join(rows[:4]) + "\n")  # half of the run, before its cool-down
+    _, printed = inspect(capsys, "--nets", "recommended", "--losses", tmp_path, "--out", tmp_path / "run.png")
+    (line,) = [line for line in printed.splitlines() if line.startswith("along the run")]
+    assert float(line.split(" = ")[-1]) == pytest.approx(float(rows[3].split(",")[1]), rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["", "metrics.csv"])
 def test_the_length_of_an_epoch_is_that_of_the_run(name, tmp_path, capsys, monkeypatch):
     script = load(INSPECT)

@@ -336,6 +336,32 @@ def test_a_fall_within_the_noise_is_refused_and_the_guess_is_the_papers(monkeypa
     assert measured.refusal and measured.scale == pytest.approx(lr_scale(start, 2) / 2)
 
 
+def test_the_best_peak_at_the_end_of_the_trials_is_told_of_optimizers_that_are_not_calibrated():
+    def measured(kind):
+        network = small_network()
+        next_loss = noisy_loss(network, torch.Generator().manual_seed(0))
+        return measure_lr_scale(network, kind(network.parameters(), lr=1.0), next_loss, 100)
+
+    assert not measured(torch.optim.SGD).refusal
+    assert "largest peak" in measured(torch.optim.ASGD).refusal
+
+
+def test_groups_that_share_the_tensor_of_their_rate_train_at_their_own_while_the_others_are_measured():
+    network = small_network()
+    rate = torch.tensor(1e-9)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD([{"params": parameters[:-1]}, {"params": parameters[-1:]}], lr=rate)
+    seen, noisy = [], noisy_loss(network, torch.Generator().manual_seed(0))
+
+    def next_loss():
+        seen.append(parameters[-1].detach().clone())
+        return noisy()
+
+    measure_lr_scale(network, optimizer, next_loss, 100, groups=[0])
+    assert max(float((value - seen[0]).abs().max()) for value in seen) < 1e-6
+    assert optimizer.param_groups[0]["lr"] is rate and optimizer.param_groups[1]["lr"] is rate
+
+
 def test_a_loss_that_is_not_finite_is_refused():
     network = small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)

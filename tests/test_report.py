@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import writing
 from drawing import coloured
 from methods import METHODS
 from records import leading, summarise
@@ -197,10 +198,11 @@ def test_a_page_of_images_and_text_says_both_units(tmp_path):
     assert "Test accuracy (%) or perplexity after the last epoch:" in page and "| fixed | 50.00 | 50.00 |" in page
 
 
-def test_a_new_run_of_a_table_does_not_get_the_reading_of_the_committed_one(tmp_path):
+def test_a_new_run_of_a_table_does_not_get_the_reading_of_the_committed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "RESULTS", tmp_path / "committed")
     reading = read_toml("readings.toml")["first-desk"]["reading"]
     runs = [run_of("fixed", 0, accuracies(1, 2))]
-    pages = [result_of(tmp_path / parent / "first-desk", runs, table="first") for parent in ("result", "results")]
+    pages = [result_of(tmp_path / parent / "first-desk", runs, table="first") for parent in ("results", "committed")]
     assert [reading in page for page in pages] == [False, True]
 
 
@@ -214,7 +216,8 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     folder if folder.name in ("first-desk", "benchmark-resnet8-cpu", "convergence")
     else pytest.param(folder, marks=pytest.mark.slow) for folder in RESULTS
 ], ids=lambda folder: folder.name)
-def test_a_committed_page_follows_from_its_runs_and_metrics(tmp_path, result):
+def test_a_committed_page_follows_from_its_runs_and_metrics(tmp_path, monkeypatch, result):
+    monkeypatch.setattr(writing, "RESULTS", tmp_path / "results")
     copy = tmp_path / "results" / result.name
     shutil.copytree(result, copy, ignore=shutil.ignore_patterns("README.md", "table.csv", "*.png"))
     render(copy)

@@ -359,3 +359,29 @@ def test_a_first_loss_that_is_not_finite_does_not_stop_the_run(bad):
     schedule = MLRSNetLR(one_weight_sgd(), "paper", 8, gamma=0.1)
     first, second = rates(schedule, [bad, 2.0])
     assert 0 < first < 0.1 and 0 < second < 0.1
+
+
+def test_an_empty_first_group_and_an_attribute_named_sparse_are_no_errors():
+    network = nn.Linear(4, 1)
+    network.sparse = True
+    optimizer = SGD([{"params": []}, {"params": network.parameters()}], lr=0.1)
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    meta = MetaMLRSNetLR(
+        optimizer, MLRSNet(6), network, lambda: network(inputs).square().mean(), 4, gamma=lambda: 0.1, t_val=1
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = network(inputs).square().mean()
+        loss.backward()
+        meta.step(loss)
+        optimizer.step()
+    assert all(0 < lr <= 0.1 for lr in meta.get_last_lr())
+
+
+def test_a_resumed_schedule_does_not_check_the_length_of_its_lookahead_again():
+    network, optimizer = trained(lambda p: torch.optim.SGD(p, lr=0.1))
+    meta, resumed = (meta_schedule(network, optimizer) for _ in range(2))
+    for steps in (0, meta.t_val):
+        meta.steps_taken = steps
+        resumed.load_state_dict(meta.state_dict())
+        assert resumed.watch.is_reach_checked == (steps > 0)

@@ -23,6 +23,7 @@ from specs import TABLES, Table, lines
 from words import detail_of, problem_of
 from writing import read_csv, read_toml
 
+from tables import override
 from training.folder import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -402,3 +403,7 @@ def test_slurm_without_submitit_is_one_line(tables, tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit) as exit:
         tables.main(["--table", "epochs", "--preset", "smoke", "--slurm", "--out", str(tmp_path)])
     assert exit.value.code == 2 and "pip install submitit" in capsys.readouterr().err
+
+
+def test_the_authors_name_of_a_flag_overrides_as_its_own_does():
+    assert override("optim=sgd") == override("optimizer=sgd") == ("optimizer", "sgd")

@@ -215,6 +215,8 @@ def _settle(args: argparse.Namespace, num_meta: int) -> None:
         )
     if args.momentum and args.optimizer != "sgd":
         raise ValueError(f"--momentum belongs to --optimizer sgd; leave it out with {args.optimizer}")
+    if args.warmup + args.cooldown > 1:
+        raise ValueError(f"--warmup {args.warmup:g} --cooldown {args.cooldown:g}: give shares, together at most 1")
     keeps_average = args.average or getattr(args, "meta_point", None) == "average"
     if args.average_decay != "auto" and not keeps_average:
         raise ValueError("--average-decay belongs to --average or --meta-point average; leave it out")

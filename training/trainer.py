@@ -20,11 +20,12 @@ from data.meta_stream import MetaStream
 from data.text import TextTask
 from mlr_snet import ScaleError, Schedule, Step, train
 from mlr_snet_optim.average import Average
+from mlr_snet_optim.loop import ReachError
 from training.arguments import refuse_used
 from training.averaging import evaluating, evaluating_average
 from training.checkpoint import Checkpoint
 from training.command_line import outside_cause
-from training.folder import Cost, FolderLock, Metrics, contents, provenance
+from training.folder import Cost, FolderLock, Metrics, contents, provenance, read_record
 from training.log import Log, say, warn
 from training.measuring import Measurement
 from training.pictures import draw_run, write_picture
@@ -163,7 +164,10 @@ class Trainer:
         if self.saved_step is None:
             length = f"{self.task.steps_per_epoch} steps an epoch"
             say(f"{self.args.network} on {self.args.dataset}: {self.task.in_words()}; {length}")
-            write_atomically(self.args.out / "args.json", json.dumps(provenance(self.args), indent=1).encode())
+            record = provenance(self.args)
+            if self.args.resume:  # by a table, say, which knows its run by the command
+                record["command"] = read_record(self.args.out, "command")
+            write_atomically(self.args.out / "args.json", json.dumps(record, indent=1).encode())
             if self.measurement:
                 self.measurement.write(self.args.out)
                 self.cost.add_steps(self.measurement.result.num_steps, self.args.accumulate or 1)
@@ -223,7 +227,7 @@ class Trainer:
                 if self.average and self.moves_average:
                     self.average.update()
                 yield next(steps)
-        except ScaleError as error:
+        except (ScaleError, ReachError) as error:
             raise FloatingPointError(f"{error} (step {self.step + 1})") from None
         except (OverflowError, RuntimeError) as error:
             # torch has no class of its own for a number that single precision cannot hold.

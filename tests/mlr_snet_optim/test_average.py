@@ -22,11 +22,26 @@ def test_an_average_of_16_bits_follows_its_weights():
     network = nn.Linear(4, 1).bfloat16()
     nn.init.ones_(network.weight)
     average = Average(network, 0.999)
+    average.update()
     nn.init.constant_(network.weight, 2.0)
     for _ in range(5000):
         average.update()
     with average.averaged_weights():
         assert network.weight.dtype == torch.bfloat16 and network.weight.float().mean() > 1.95
+
+
+def test_an_average_starts_where_its_weights_are_at_the_first_update():
+    network = nn.Linear(4, 1)
+    average = Average(network, 0.9)
+    nn.init.constant_(network.weight, 7.0)  # as loading pretrained weights does
+    average.update()
+    restored = Average(network, 0.9)
+    restored.load_state_dict(average.state_dict())
+    nn.init.constant_(network.weight, 8.0)
+    for one in (average, restored):
+        one.update()
+        with one.averaged_weights():
+            torch.testing.assert_close(network.weight, torch.full((1, 4), 7.19))
 
 
 def test_weights_unfrozen_after_their_average_was_made_are_an_error_of_the_meta_step():

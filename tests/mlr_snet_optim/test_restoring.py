@@ -280,17 +280,24 @@ def test_a_schedule_drives_the_base_optimizer_of_sam():
 
 
 @pytest.mark.parametrize("how", ["lookahead", "measuring"])
-def test_gradients_in_the_buckets_of_ddp_are_refused(how):
+def test_gradients_in_the_buckets_of_ddp_are_refused_and_views_without_ranks_are_not(how, monkeypatch):
     network = nn.Linear(4, 1)
     optimizer = SGD(network.parameters(), lr=0.1)
     bucket = torch.ones(4)
     network.weight.grad = bucket.view(1, 4)
     network.bias.grad = torch.ones(1)
-    with pytest.raises(RuntimeError, match="without gradient_as_bucket_view"):
+
+    def use():
         if how == "lookahead":
             hypergradient(network, optimizer, 0.1, lambda: loss_of(network))
         else:
             act(how, network, optimizer)
+
+    use()
+    assert network.weight.grad.data_ptr() == bucket.data_ptr() and torch.equal(bucket, torch.ones(4))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="without gradient_as_bucket_view"):
+        use()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -365,3 +372,15 @@ def test_a_meta_loss_that_changes_the_mode_leaves_it_as_it_was():
     network[1].eval()
     meta_schedule(network, optimizer, lambda: loss_on(network.eval(), 99)).step(1.0)
     assert network.training and network[0].training and not network[1].training
+
+
+def test_a_network_of_torchscript_is_restored_and_one_of_fsdp1_is_refused():
+    network = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    optimizer = SGD(network.parameters(), lr=0.1)
+    before = copy.deepcopy(network.state_dict())
+    act("measuring", network, optimizer)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    sharded = type("FullyShardedDataParallel", (nn.Linear,), {})(4, 1)
+    with pytest.raises(TypeError, match="fully_shard"):
+        act("lookahead", sharded, SGD(sharded.parameters(), lr=0.1))
