@@ -23,6 +23,11 @@ from baselines import SCHEDULES
 # ---------------------------------------------------------------------------------------------- divergence, full disk
 
 
+def test_a_lookahead_that_is_far_too_long_is_a_divergence(tmp_path, capsys):
+    done = call(capsys, META_TRAIN, *TRAIN, "--gamma", "1000", "--out", tmp_path / "run")
+    assert done.returncode == 1 and done.stderr.startswith("diverged: the next step moves weights")
+
+
 @pytest.mark.parametrize("words", [
     ["--schedule", "fixed", "--lr", "1e39"], ["--gamma", "1e300"],
     ["--schedule", "hd", "--beta", "1e300"],
