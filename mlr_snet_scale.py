@@ -173,8 +173,7 @@ def try_rates(
     losses: list[float] = []
     ratios = lr_ratios(optimizer, groups)
     with _restored_run(network, optimizer, next_loss), torch.enable_grad():
-        if groups is not None:
-            unshare_rates(optimizer)  # the sharing is restored with the options
+        unshare_rates(optimizer)  # groups that are left out keep theirs; the sharing is restored with the options
         while len(losses) < len(rates) and not (losses and until(losses)):
             some = []
             for lr in rates[len(losses) :][:10]:
