@@ -593,8 +593,7 @@ class MetaMLRSNetLR(MLRSNetLR):
         check_affine(self.optimizer)
         if not set(parameters_of(self.optimizer)) & set(network.parameters()):
             raise ValueError("network shares no parameter with the optimizer: give the one that trains, not a copy")
-        embeddings = (module for module in network.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
-        if any(module.sparse for module in embeddings):
+        if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse for module in network.modules()):
             raise TypeError("a module has sparse gradients, which are not supported; build it with sparse=False")
         self.t_val = steps_between_updates(t_val, num_steps)
         if meta_point not in ("lookahead", "average"):

@@ -135,7 +135,7 @@ def measure_lr_scale(
     range_test = try_at("range test", range_rates, until=lambda losses: len(smoothed(losses)) < len(losses))
     start, noise = _untrained_loss(range_test.losses)
     if not math.isfinite(start):
-        raise ValueError(f"of {UNTRAINED_STEPS} losses at rates near zero one is not finite; check network and data")
+        raise ValueError("a training loss at rates near zero is not finite; check network and data")
     guess, smooth = guessed_scale(optimizer, start, num_classes, perplexity), smoothed(range_test.losses)
     lowest = min(smooth[UNTRAINED_STEPS:], default=start)
     if start - lowest < CLEARLY * noise:

@@ -47,7 +47,7 @@ def copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Sets every .grad to None inside the block, and restores it afterwards.
 
-    RuntimeError where one is a view, as DDP's buckets make them, which a backward pass through DDP would overwrite.
+    Among ranks, RuntimeError where one is a view: of DDP's buckets, which a backward pass through DDP would overwrite.
     """
     gradients = {parameter: parameter.grad for parameter in parameters}
     has_views = any(gradient is not None and gradient._is_view() for gradient in gradients.values())
@@ -67,7 +67,7 @@ def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[
     """Restores which of the network's modules are in training mode, and which tensors their buffers are.
 
     RuntimeError where the block changes or replaces a parameter outside `moving`, as a forward pass that updates a
-    momentum encoder does.
+    momentum encoder does. TypeError for FSDP1, known by its name, since to import it takes long.
     """
     modules = [(module, module.training, dict(module._buffers)) for module in network.modules()]
     if any(type(module).__name__ == "FullyShardedDataParallel" for module, _, _ in modules):

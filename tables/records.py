@@ -60,7 +60,7 @@ def _record(group: str, detail: str, method: str, runs: list[Run]) -> Record:
 def _results(done: list[Run], epochs: int) -> Record:
     """Metric and costs over the seeds that finished."""
     runs = [run.rows[:epochs] for run in done]
-    metric = next(name for name in UNITS if name in runs[0][-1])
+    metric, *_ = (name for name in UNITS if name in runs[0][-1])
     best = min if metric in LOW_IS_GOOD else max
     values_of = {
         "last": [rows[-1][metric] for rows in runs],

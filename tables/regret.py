@@ -225,12 +225,11 @@ def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
 
 
 def measured_lr(runs: list[Run], members: list[Record]) -> float | None:
-    """The measured rate of a problem, the geometric mean over its seeds, where its runs have measured one."""
+    """The rate measured for the optimizer of the problem's grid, the geometric mean over the seeds; None without."""
     names = {name for record in members for name in record["names"].values()}
-    mine = [run for run in runs if run.name in names]
-    optimizers = {run.arguments.get("optimizer") for run in mine if run.method in GRID}
-    rates = {run.seed: run.lr_scale["scale"] for run in mine
-             if run.lr_scale and run.arguments.get("optimizer") in optimizers}
+    mine = [(run, [run.arguments.get(name) for name in ("optimizer", "momentum")]) for run in runs if run.name in names]
+    of_grid = [optimizer for run, optimizer in mine if run.method in GRID]
+    rates = {run.seed: run.lr_scale["scale"] for run, optimizer in mine if run.lr_scale and optimizer in of_grid}
     return statistics.geometric_mean(rates.values()) if rates else None
 
 

@@ -208,7 +208,7 @@ def render_all(results: list[Path]) -> None:
             raise ValueError(f"{result}: has no runs.jsonl; give the folder of a result")
         try:
             render(result.absolute())
-        except (LookupError, ValueError, TypeError, AttributeError, ImportError, StopIteration) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ImportError) as error:
             raise ValueError(f"{result}: a damaged result ({type(error).__name__}: {error})") from None
     write_index()
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from faults import TRAIN, shell, tree
 from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, call, kill_and_resume, results, same
 
-from training.folder import FolderLock
+from training.folder import FolderLock, _commit
 from utils import write_atomically
 
 
@@ -37,6 +38,24 @@ def test_the_folder_of_the_shipped_nets_is_refused(tmp_path, capsys):
     assert done.returncode == 2 and tree(tmp_path) == before
     done = call(capsys, META_TRAIN, "--resume", "--out", tmp_path / "meta-test")
     assert done.returncode == 2 and "no run in" in done.stderr and tree(tmp_path) == before
+
+
+def test_a_run_that_resumes_before_its_first_checkpoint_keeps_its_command(finished, tmp_path, capsys):
+    shutil.copy(finished / "args.json", tmp_path)
+    record = json.loads((tmp_path / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(record | {"command": ["meta-train.py", "--as", "begun"]}))
+    assert call(capsys, META_TRAIN, "--resume", "--out", tmp_path).returncode == 0
+    assert json.loads((tmp_path / "args.json").read_text())["command"] == ["meta-train.py", "--as", "begun"]
+
+
+def test_a_copy_inside_another_repository_does_not_record_its_commit(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    (tmp_path / "copy").mkdir()
+    for root, is_known in ((tmp_path, True), (tmp_path / "copy", False)):
+        monkeypatch.setattr("training.folder.ROOT", root)
+        assert (_commit() != "unknown") == is_known
 
 
 @pytest.mark.parametrize("name", ["run.png", "cost.json", "notes.txt"])

@@ -137,6 +137,16 @@ def test_the_page_of_regrets_and_the_best_peaks_beside_the_measured_rates(two_pr
     assert (tmp_path / "regret.png").stat().st_size > 5_000
 
 
+def test_the_best_peak_is_compared_with_the_rate_measured_for_the_same_optimizer(two_problems):
+    runs = [*two_problems, run_of("MLR-SNet (recommended, AdamW)", 0, accuracies(1, 2), 0, "momentum", 0.004)]
+    assert peaks_of(runs, summarise(runs, None))[0]["measured"] == pytest.approx(0.2)
+
+
+def test_a_run_that_holds_no_test_metric_is_a_value_error():
+    with pytest.raises(ValueError, match="unpack"):
+        summarise([run_of("fixed", 0, [{"seconds": 1.0}] * 2)], None)
+
+
 def test_a_problem_on_which_no_cosine_of_the_grid_finished_is_named_as_left_out(two_problems, tmp_path):
     for run in two_problems:
         if run.method.startswith("cosine 0") and run.problem == "gpt pydoc":

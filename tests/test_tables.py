@@ -87,11 +87,12 @@ def test_a_list_flag_that_is_given_twice_adds_to_the_first(tables):
     assert args.overrides == {"num-epoch": "3", "wd": "0"} and args.only == ["fixed", "cosine"]
 
 
-def test_damaged_metrics_of_a_run_are_told_with_their_folder(tmp_path, capsys, tables):
+@pytest.mark.parametrize("rows", ["epoch,lr\n1,x\n", "epoch,lr,train_loss,seconds\n1,0.1\n"])
+def test_damaged_metrics_of_a_run_are_told_with_their_folder(tmp_path, capsys, tables, rows):
     (cell,) = cells_of(TABLES["own"], "smoke", 1, ["fixed"], {"data-root": "data"})
     place = tmp_path / "own-smoke" / "runs" / cell.name
     place.mkdir(parents=True)
-    (place / "metrics.csv").write_text("epoch,lr\n1,x\n")
+    (place / "metrics.csv").write_text(rows)
     with pytest.raises(SystemExit) as exit:
         tables.main(["--table", "own", "--preset", "smoke", "--seeds", "1", "--only", "fixed", "--out", str(tmp_path),
                      "--set", "data-root=data"])

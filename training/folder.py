@@ -236,13 +236,11 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
-
+    if not (ROOT / ".git").exists():  # git would name the commit of a repository around this copy
+        return "unknown"
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        if not Path(git("rev-parse", "--show-toplevel")).samefile(ROOT):  # a copy inside another repository
-            return "unknown"
-        return git("describe", "--always", "--dirty", "--abbrev=12")
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -266,6 +266,9 @@ def test_a_state_that_an_optimizer_is_born_with_is_no_training(recwarn):
     weight.grad = torch.zeros(1)
     optimizer = torch.optim.Adagrad([weight], lr=0.1)
     MLRSNetLR(optimizer, MLRSNet(), 10, gamma=0.1).step(1.0)
+    optimizer = SGD([weight], lr=0.1)
+    assert not optimizer.state[weight]  # made by looking, as schedule-free's train() does
+    MLRSNetLR(optimizer, MLRSNet(), 10, gamma=0.1).step(1.0)
     assert not recwarn.list
 
 
