@@ -32,7 +32,7 @@ def render(folder: Path) -> None:
         body = _tables(records, read_toml("published.toml").get(header["table"], {}), highlight)
         draw(folder / "table.png", records, highlight)
         body += ["![Training loss, test result and learning rate against epochs](table.png)", ""]
-    if "--preset smoke" in header["command"]:
+    if "--preset smoke" in header["command"].replace("=", " "):
         body += ["**A smoke: it shows that the table runs, and says nothing of its methods.**", ""]
     body += [f"{_seeds(runs)}{_guesses(runs)}", ""]
     write_page(folder, table.title, table.question, header["command"], body, [vars(run) for run in runs])

@@ -114,6 +114,7 @@ RESUMED = [
     (META_TRAIN, ["--out", "BAD/list"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/null"], "no run's arguments"),
     (META_TRAIN, ["--out", "BAD/deep"], "no run's arguments"),
+    (META_TRAIN, ["--out", "BAD/bare"], "no run's threads"),
     (META_TRAIN, ["--out", "BAD/word"], "batch-size"), (META_TRAIN, ["--out", "BAD/fewer"], "another version"),
     (META_TRAIN, ["--out", "BAD/more"], "another version"), (META_TRAIN, ["--out", "BAD/network"], "not for images"),
     (META_TRAIN, ["--out", "BAD/old"], "another version"), (META_TRAIN, ["--out", "BAD/flip"], "damaged"),
@@ -150,6 +151,7 @@ def damaged(finished):
     for name, content in {"text": "not JSON", "list": "[1, 2]", "null": "null"}.items():
         (run(name) / "args.json").write_text(content)
     (run("deep") / "args.json").write_text("[" * 100_000)
+    (run("bare") / "args.json").write_text(json.dumps(record | {"hardware": {}}))
     run("word", batch_size="many")
     run("network", network="nonsense")
     run("more", colour="red")

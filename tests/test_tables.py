@@ -53,7 +53,7 @@ def image_folder(tmp_path_factory):
 
 
 def start(name, out, *more):
-    arguments = ["--table", name, "--preset", "smoke", "--jobs", "2", "--out", out, *more]
+    arguments = ["--table", name, "--preset=smoke", "--jobs", "2", "--out", out, *more]
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

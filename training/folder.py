@@ -267,7 +267,7 @@ def restore_surroundings(folder: Path, device: torch.device) -> None:
     """
     before = {"commit": read_record(folder, "commit"), **read_record(folder, "versions")}
     before |= read_record(folder, "hardware")
-    torch.set_num_threads(before["threads"])
+    torch.set_num_threads(read_record(folder, "hardware", "threads"))
     now = _hardware(device) | {"torch": torch.__version__, "commit": _commit()}
     names = ("commit", "torch", "gpu", "ranks") if now["gpu"] else ("commit", "torch", "gpu", "ranks", "cpu")
     changed = [f"{name} {now[name]} instead of {before.get(name)}" for name in names if now[name] != before.get(name)]
