@@ -34,12 +34,11 @@ COSTS = ("forward_passes", "backward_passes", "peak_memory_mib")  # in cost.json
 
 def init_distributed(device: torch.device) -> torch.device:
     """Connect to the other ranks if torchrun started this process, and return this rank's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
+        device = device if is_alone else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # whose generator checkpoints keep, and whose memory is counted
+    if not is_alone and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(disconnect)
     return device

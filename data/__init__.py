@@ -70,9 +70,7 @@ def image_task(
         severity = DEFAULT_SEVERITY
     if workers is None:
         workers = min(os.cpu_count() or 1, 8)
-    for_loader: dict[str, Any] = {}
-    if skip_bad_images:
-        for_loader["skip_bad_images"] = True
+    for_loader: dict[str, Any] = {"skip_bad_images": True} if skip_bad_images else {}
     if name in PUBLISHED_CORRUPTED:
         if corruption is None:
             raise ValueError(f"{name} needs corruption; choose from {', '.join(PUBLISHED)}")

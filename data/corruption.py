@@ -1,7 +1,8 @@
 """Corrupted training data: damaged images, wrong labels, and the published CIFAR-10-C and CIFAR-100-C.
 
-Only training data are corrupted; the meta set and the test data stay clean. Everything is drawn by the seed and the
-image's index, so it is the same on every rank, in every worker and after a resume.
+Only training data are corrupted; the meta set and the test data stay clean. Damage is drawn by the seed and the image's
+index, wrong labels by the seed and the list of training images, so they are the same on every rank, in every worker and
+after a resume; another meta set has other wrong labels.
 """
 
 import io
@@ -140,12 +141,11 @@ def noisy_labels(labels: Tensor, indices: Tensor, num_classes: int, rate: float,
         raise ValueError(f"noise_kind {kind}: {num_classes} classes are too few")
     generator = generator_for(seed, 8)
     wrong = indices[torch.randperm(len(indices), generator=generator)[: round(rate * len(indices))]]
-    offsets = []  # of each class: how far its other classes lie from it, modulo num_classes
-    for _ in range(num_classes):
-        offsets.append(1 + torch.randperm(num_classes - 1, generator=generator)[:num_others])
+    others = [torch.randperm(num_classes - 1, generator=generator)[:num_others] for _ in range(num_classes)]
+    offsets = 1 + torch.stack(others)  # of each class: how far its other classes lie from it, modulo num_classes
     choice = torch.randint(num_others, (len(wrong),), generator=generator)
     noisy = labels.clone()
-    noisy[wrong] = (labels[wrong] + torch.stack(offsets)[labels[wrong], choice]) % num_classes
+    noisy[wrong] = (labels[wrong] + offsets[labels[wrong], choice]) % num_classes
     return noisy
 
 

@@ -165,7 +165,7 @@ class ImageTask:
         self.train_indices = limited(labels, self.train_indices, limit_train, "limit_train", generator)
         lost = number - len(labels[self.train_indices].unique())
         if lost and self.metric == "acc":
-            say(f"limit_train {limit_train}: leaves no training image of {lost} of {number} classes")
+            say(f"{limit_train} training images leave out {lost} of {number} classes")
         everything = torch.arange(len(test_labels))
         self.test_indices = limited(test_labels, everything, limit_test, "limit_test", generator_for(0, 2))
         if corruption is not None and corruption.severity > 0:
@@ -276,9 +276,10 @@ class ImageTask:
         network.eval()
         broadcast_buffers(network)
         loss = correct = 0.0
+        most = max(1, 4 * self.batch_size // self.accumulate)  # at a time: without gradients each needs less memory
         for batch in self._batches(split, ((part, None) for part in indices.to(self.device).split(500))):
             with self.autocast():
-                outputs = network(batch.inputs)
+                outputs = torch.cat([network(images) for images in batch.inputs.split(most)])
             batch_loss, batch_correct = self.sums(outputs, batch.targets)
             loss += batch_loss.item()
             correct += batch_correct.item()

@@ -116,6 +116,13 @@ class StreamedSplit(Dataset):
 def _quiet(worker: int) -> None:
     """In a worker process: threads whose pipes break print no traceback, since the training process says it."""
     sys.excepthook = lambda *error: None
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(number: int, frame: Any) -> None:
+    """In a worker process: SIGTERM, which a whole job may get, ends it in 10 s, for a last batch may be awaited."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.alarm(10)
 
 
 def _read(loader: DataLoader[Any]) -> Iterator[Any]:

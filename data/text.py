@@ -54,10 +54,11 @@ def encode(lines: dict[str, list[list[str]]]) -> TextData:
     for split in SPLITS:
         tokens = itertools.chain([END], *([*line, END] for line in lines[split]))
         ids[split] = torch.tensor([index.get(token, index[UNKNOWN]) for token in tokens])
-    unknown, number = (ids["test"][1:] == index[UNKNOWN]).sum().item(), len(ids["test"]) - 1
-    if unknown and not (ids["train"] == index[UNKNOWN]).any():
-        say(f"{unknown} of {number} test tokens are not in the training text, which has no {UNKNOWN} either, so "
-            f"that each raises the perplexity sharply; replace the rare tokens of all splits by {UNKNOWN}")
+    for split in ("valid", "test"):
+        unknown, number = (ids[split][1:] == index[UNKNOWN]).sum().item(), len(ids[split]) - 1
+        if unknown and not (ids["train"] == index[UNKNOWN]).any():
+            say(f"{unknown} of {number} {split} tokens are not in the training text, which has no {UNKNOWN} either, so "
+                f"that each raises the perplexity sharply; replace the rare tokens of all splits by {UNKNOWN}")
     return TextData(**ids, vocabulary=list(index))
 
 
@@ -207,7 +208,8 @@ class TextTask:
         splits = {"train": data.train, "valid": data.valid, "test": data.test}
         if batch_size < world_size():
             raise ValueError(f"batch size {batch_size}: must be at least {world_size()}, one for every rank")
-        for split, limit in (("train", limit_train), ("test", limit_test)):
+        limits = {"train": limit_train, "test": limit_test}
+        for split, limit in limits.items():
             tokens = len(splits[split]) - 1
             if limit is not None and not 1 <= limit <= tokens:
                 raise ValueError(f"limit_{split} {limit}: must be from 1 to {tokens}, the tokens available")
@@ -215,9 +217,10 @@ class TextTask:
         for split, columns in (("train", batch_size), ("valid", batch_size), ("test", evaluation_columns)):
             if len(splits[split]) - 1 < columns * seq_len:
                 sizes = "seq_len" if split == "test" else "batch_size or seq_len"
+                more = f"raise limit_{split}" if limits.get(split) else "give more text"
                 raise ValueError(
                     f"the {split} text has {len(splits[split]) - 1} tokens, fewer than one batch of {columns} "
-                    f"sequences of {seq_len}; lower {sizes}, or give more text"
+                    f"sequences of {seq_len}; lower {sizes}, or {more}"
                 )
         self.train = Columns(splits["train"], batch_size, seq_len, device)
         self.meta = Columns(splits["valid"], batch_size, seq_len, device)

@@ -164,8 +164,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gamma", type=number_or(number(float, 1e-6, 1e6), "auto"), default="auto",
         help="LR scale: a number, or auto for the paper's formula (default: auto)")
     add("--out", type=Path, default=SCRIPT.parent / "result" / "inspect-schedule.png", metavar="FILE",
-        help="the picture (default: result/inspect-schedule.png beside this script)")
+        help="the picture, a .png (default: result/inspect-schedule.png beside this script)")
     args = parser.parse_args(argv)
+    if args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: give a file that ends in .png")
     if args.perplexity and args.num_classes is None:
         parser.error("--perplexity: give the size of the vocabulary, too, as --num-classes")
     args.num_classes = args.num_classes or 10

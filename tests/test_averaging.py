@@ -124,6 +124,15 @@ def test_both_networks_can_be_begun_from(reference, tmp_path, capsys):
         assert float(row["test_acc_average"]) == pytest.approx(float(last[column]), abs=15)
 
 
+def test_the_average_of_a_schedule_free_run_mixes_in_the_weights_that_train(tmp_path, monkeypatch, capsys):
+    mixed, mix_in = [], Average.mix_in
+    monkeypatch.setattr(Average, "mix_in", lambda self: (mixed.append(self.parameters[0].clone()), mix_in(self)))
+    words = [*SMALL[:-4], "--num-epoch", "1", "--schedule", "schedule-free", "--average", "--test-every", "1"]
+    assert call(capsys, META_TEST, *words, "--out", tmp_path).returncode == 0
+    training = torch.load(tmp_path / "checkpoint.pth")["parts"]["network"]
+    assert torch.equal(mixed[-1], next(iter(training.values())))
+
+
 @pytest.mark.parametrize("arguments", [["--average-decay", "0.9"], ["--init", "none.pth"], ["--average-decay", "1"]])
 def test_arguments_of_the_average_that_cannot_be_are_one_line_and_status_2(tmp_path, capsys, arguments):
     done = call(capsys, META_TEST, *SMALL, *arguments, "--out", tmp_path / "run")

@@ -70,7 +70,7 @@ def test_data_that_are_not_available_are_one_clear_line(tmp_path, monkeypatch):
 
 def test_classes_that_a_limit_leaves_without_a_training_image_are_told(capsys):
     build_task("digits", Path(), batch_size=5, limit_train=7, device=torch.device("cpu"))
-    assert "limit_train 7: leaves no training image of 3 of 10 classes" in capsys.readouterr().err
+    assert "7 training images leave out 3 of 10 classes" in capsys.readouterr().err
     build_task("digits", Path(), batch_size=5, limit_train=10, device=torch.device("cpu"))
     assert capsys.readouterr().err == ""
 

@@ -17,7 +17,7 @@ from models import build_network
 from training import folder
 from training.averaging import evaluating_average
 from training.folder import provenance
-from utils import build_optimizer
+from utils import build_optimizer, init_distributed
 
 CPU = torch.device("cpu")
 
@@ -164,6 +164,12 @@ def test_provenance_names_a_gpu_only_where_the_run_uses_it(monkeypatch, device, 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(folder, "pick_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
     assert provenance(argparse.Namespace(device=device))["hardware"]["gpu"] == gpu
+
+
+def test_a_run_alone_on_the_second_gpu_makes_it_the_present_one(monkeypatch):
+    chosen = []  # the one whose generator a checkpoint keeps
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert init_distributed(torch.device("cuda", 1)) == torch.device("cuda", 1) == chosen[0]
 
 
 @pytest.mark.gpu

@@ -71,6 +71,8 @@ def test_the_losses_of_a_run_are_read_and_another_file_is_refused(tmp_path, caps
         metrics.write_text(text)
         done, _ = inspect(capsys, "--losses", metrics, "--out", tmp_path / "run.png")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "metrics.csv" in done.stderr
+    done, _ = inspect(capsys, "--out", tmp_path / "run.pdf")
+    assert done.returncode == 2 and "ends in .png" in done.stderr
 
 
 @pytest.mark.parametrize("more", [["--gamma", "0.05"], ["--momentum", "0.9"]])

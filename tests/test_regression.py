@@ -133,6 +133,14 @@ def test_losses_accuracies_and_gradients_of_the_parts_add_up_to_those_of_the_bat
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)  # the loss is computed in single precision
 
 
+def test_an_evaluation_takes_at_most_four_times_the_images_of_a_training_pass():
+    network, sizes = build_network("convnet", 10), []
+    network.register_forward_hook(lambda module, inputs, _: sizes.append(len(inputs[0])))
+    loss = task_of(accumulate=16).evaluate(network)["test_loss"]
+    assert max(sizes) == 16
+    assert task_of().evaluate(network)["test_loss"] == pytest.approx(loss, rel=1e-5) and max(sizes) == 256
+
+
 @pytest.mark.parametrize("words", [
     pytest.param([META_TEST, "--schedule", "cosine", "--lr", "measured"], marks=pytest.mark.slow, id="measured"),
     pytest.param([META_TEST, "--schedule", "rtho", "--num-meta", "32"], id="rtho"),

@@ -48,11 +48,12 @@ def test_the_vocabulary_is_the_training_splits_and_the_rest_is_unk(tmp_path):
     assert [read.vocabulary[index] for index in read.valid] == ["<eos>", "a", "<unk>", "<eos>"]
 
 
-def test_unknown_test_tokens_are_counted_where_nothing_teaches_unk(tmp_path, capsys):
-    write_splits(tmp_path, test="a zebra\n")
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_unknown_tokens_are_counted_where_nothing_teaches_unk(tmp_path, capsys, split):
+    write_splits(tmp_path, **{"valid": "a\n", "test": "a\n", split: "a zebra b\n"})
     data.text.text_folder(tmp_path, "word")
-    assert "1 of 3 test tokens are not in the training text" in capsys.readouterr().err
-    write_splits(tmp_path, train="a <unk>\n", test="a zebra\n")
+    assert capsys.readouterr().err.count(f"1 of 4 {split} tokens are not in the training text") == 1
+    write_splits(tmp_path, **{"train": "a <unk>\n", "valid": "a\n", "test": "a\n", split: "a zebra b\n"})
     data.text.text_folder(tmp_path, "word")
     assert not capsys.readouterr().err
 

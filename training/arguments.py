@@ -120,7 +120,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test-every", type=positive, default=1, metavar="N",
         help="evaluate on the test data after every N-th epoch, and the last (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="seed of weights, data order and meta set (default: 0)")
+        help="seed of all that is random: weights, data order, meta set, damage, dropout (default: 0)")
     add("--out", type=folder, metavar="DIR",
         help="the run's folder, new unless --resume (default: result/NETWORK_DATASET beside the script)")
     add("--resume", action="store_true", help="continue the run in --out with its own arguments")

@@ -285,10 +285,10 @@ class Trainer:
             return row
         with evaluating(self.optimizer, self.network, self.task):  # where schedule-free swaps the weights
             row |= self.task.evaluate(self.network)
-            if self.average:
-                name = f"test_{self.task.metric}"
-                with evaluating_average(self.average, self.task):
-                    row[f"{name}_average"] = self.task.evaluate(self.network)[name]
+        if self.average:
+            name = f"test_{self.task.metric}"
+            with evaluating_average(self.average, self.task):
+                row[f"{name}_average"] = self.task.evaluate(self.network)[name]
         return row
 
     def _save_checkpoint(self) -> None:
@@ -299,8 +299,8 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """FloatingPointError where weights, or nets that learn, are not finite: a checkpoint has to be good."""
-        for weights in (dict(self.network.named_parameters()), *self.schedule.state_dict().get("nets", [])):
-            for name, tensor in weights.items():
+        for module in (self.network, *getattr(self.schedule, "nets", [])):
+            for name, tensor in module.named_parameters():
                 if not tensor.isfinite().all():
                     raise FloatingPointError(f"{name} is not finite after step {self.step}, after LR {self.last_lr}")
 
@@ -326,6 +326,6 @@ class Trainer:
     def _save_networks(self) -> None:
         with evaluating(self.optimizer, self.network, self.task):
             save(self.args.out / "network.pth", self.network.state_dict())
-            if self.average:
-                with evaluating_average(self.average, self.task):
-                    save(self.args.out / "network_average.pth", self.network.state_dict())
+        if self.average:
+            with evaluating_average(self.average, self.task):
+                save(self.args.out / "network_average.pth", self.network.state_dict())
