@@ -348,8 +348,6 @@ class MLRSNetLR:
             raise ValueError(f"changes {self.changes}: give the {number - 1} steps at which the nets change, in order")
         self.groups, self.process_group = groups, process_group
         self.ratios = lr_ratios(self.optimizer, groups)
-        if groups is not None:
-            unshare_rates(self.optimizer)
         self.steps_taken, self.phase, self.gamma = 0, -1, math.nan  # γ is set at the first step
         self.state = self.nets[0].initial_state()
         self.fraction = self.state.new_full((), math.nan)
@@ -387,6 +385,8 @@ class MLRSNetLR:
         value = self._mean_loss(loss)
         if not self.steps_taken:  # until now the rates may have been changed
             self.ratios = lr_ratios(self.optimizer, self.groups)
+        if not self.lr_set:  # the first step, or the first since a state was loaded
+            unshare_rates(self.optimizer)
         self.ratios = settled_ratios(self.optimizer, self.groups, self.ratios, self.lr_set)
         self.watch.before_step(self)
         self.recent_losses[self.steps_taken % len(self.recent_losses)] = torch.where(value.isfinite(), value, math.nan)
@@ -484,9 +484,9 @@ class MLRSNetLR:
             getattr(self, name).copy_(state[name])
         self.num_steps, self.steps_taken = planned, round(state["steps_taken"] * share)
         self.lr_set = []
-        if _is_scale(self.chosen_gamma) and self.phase >= 0 and self.chosen_gamma != self.gamma:
-            number = f"{self.gamma:g}, not {self.chosen_gamma:g}"
-            warnings.warn(f"the run continues with its own gamma {number}", stacklevel=2)
+        chosen = float(self.chosen_gamma) if isinstance(self.chosen_gamma, Real) else self.gamma
+        if self.phase >= 0 and not math.isclose(chosen, self.gamma):
+            warnings.warn(f"the run continues with its own gamma {self.gamma:g}, not {chosen:g}", stacklevel=2)
 
     def _mean_loss(self, loss: float | Tensor | None) -> Tensor:
         """The loss as a 0-d tensor on the state's device, the mean over the ranks."""
@@ -538,7 +538,7 @@ class MLRSNetLR:
             return mean_over_ranks(float(level), self._device(), self.process_group)
         # Deviation: the authors pass over the whole training set for L; scale_loss does, the losses at hand serve here.
         level = float(loss if self.phase < 0 else self.recent_losses.nanmedian())
-        if not math.isfinite(level):
+        if not math.isfinite(level) or (level == 0 and self.phase >= 0):  # 0: all is learned, and γ stays
             return math.nan
         if level > LARGEST_LOSS:
             raise ScaleError(f"a loss of {level:g} is no cross-entropy, as the formula for γ needs; {_GIVE_A_NUMBER}")
@@ -560,7 +560,7 @@ class MetaMLRSNetLR(MLRSNetLR):
 
     network: what meta_loss runs, whose buffers are restored; a ModuleList where that is more than one module.
     meta_loss: returns the 0-d loss of the network on the next held-out batch, with its graph.
-    t_val: steps between updates of θ (default: about 80 updates in the run; the paper's 300 for 200 epochs).
+    t_val: steps between updates of θ (default: num_steps // 80, for some 80 updates; the paper's 300 for 200 epochs).
     lr, weight_decay: Adam's on θ.
     meta_point: where the meta gradient is taken, "lookahead" (one step ahead, the paper) or "average" (at the running
         average of the weights, which the schedule keeps: see averaged_weights). average_decay is its β, by default

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from mlr_snet import LARGEST_LOSS, lr_scale
 from mlr_snet_optim.directions import bare_step
 from mlr_snet_optim.loop import unwrapped
-from mlr_snet_optim.ranks import all_reduce_mean
+from mlr_snet_optim.ranks import all_reduce_mean, check_count
 from mlr_snet_optim.rates import lr_ratios, set_lr, unshare_rates
 from mlr_snet_optim.restoring import parameters_of, preserved, preserved_modules, preserved_optimizer, without_gradients
 
@@ -124,11 +124,10 @@ def measure_lr_scale(
     Raises ValueError for a loss that is not finite at rates near zero and for a stream that ends, TypeError for a loss
     without a graph. Source of the range test: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
-    optimizer, budget = unwrapped(optimizer), max(180, num_steps // 20) if budget is None else budget
+    optimizer, num_steps = unwrapped(optimizer), check_count("num_steps", num_steps)
+    budget = check_count("budget", max(180, num_steps // 20) if budget is None else budget, least=RANGE_STEPS + 20)
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Rprop)):
         raise TypeError(f"the LR scale of {type(optimizer).__name__} cannot be measured: give it as a number")
-    if num_steps < 1 or budget < RANGE_STEPS + 20:
-        raise ValueError(f"num_steps {num_steps}, budget {budget}: give at least 1 and {RANGE_STEPS + 20}")
     usual, c = usual_lr(optimizer), run_over_trial(optimizer)
     try_at = partial(try_rates, network, optimizer, next_loss, max_norm, groups, process_group)
     range_rates = [usual * 10 ** (5 * step / (RANGE_STEPS - 1) - 3) for step in range(RANGE_STEPS)]
@@ -153,7 +152,7 @@ def measure_lr_scale(
         peak *= ratio
     lr_range, lr_trial = range_test.rates[smooth.index(lowest)], min(trials, key=_final_loss).rates[0]
     refusal, calibrated = "", (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-    if lr_trial == trials[-1].rates[0] <= lr_range and not isinstance(optimizer, calibrated):
+    if lr_trial == max(trial.rates[0] for trial in trials) <= lr_range and not isinstance(optimizer, calibrated):
         refusal = "the largest peak tried is the best, and a far larger one may be better; give the scale as a number"
     return MeasuredScale(median((guess, c * lr_range, c * lr_trial)), [range_test, *trials], refusal)
 

@@ -99,9 +99,10 @@ class MLRSNetCallback(Callback):
             pl_module.log("lr", self.schedule.get_last_lr()[0])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizer, which another fit() may use."""
-        if self.handle:
+        """Leave the optimizer, which another fit() may use, and keep the state for one that goes on."""
+        if self.schedule and self.handle:
             self.handle.remove()
+            self.saved = self.saved or self.schedule.state_dict()  # not empty: it could not be loaded
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.schedule and self.handle:

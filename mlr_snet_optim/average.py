@@ -44,11 +44,15 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        if not self.is_started:  # weights may have been loaded or broadcast since the construction
-            copy_all(self._present(), self.weights)
-            self.is_started = True
+        self._follow()
+        self.is_started = True
         # torch's AveragedModel, which does the same, makes the host wait for the GPU at every update.
         torch._foreach_lerp_(self.weights, self._present(), 1 - self.decay)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        if not self.is_started:  # weights may have been loaded or broadcast since the construction
+            copy_all(self._present(), self.weights)
 
     @torch.no_grad()
     def mix_in(self) -> None:
@@ -68,12 +72,14 @@ class Average:
         Its BatchNorm statistics are those of the live weights: measure them anew inside the block, as
         torch.optim.swa_utils.update_bn does. They are restored, too.
         """
+        self._follow()
         with preserved_modules(self.network, self.parameters), preserved([*self.parameters, *self.network.buffers()]):
             self.mix_in()
             torch.clear_autocast_cache()
             yield self.network
 
     def state_dict(self) -> dict[str, Any]:
+        self._follow()
         return {"weights": [weight.clone() for weight in self.weights]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def before_update(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHan
         closure_then_act()
         return None
 
-    return optimizer.register_step_pre_hook(before_step)
+    return optimizer.register_step_pre_hook(torch.compiler.disable(before_step))
 
 
 def is_registered(handle: RemovableHandle) -> bool:

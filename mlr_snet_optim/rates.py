@@ -38,8 +38,10 @@ def driven_groups(ratios: Ratios) -> list[int]:
 
 
 def unshare_rates(optimizer: Optimizer) -> None:
-    """Give each group its own rate tensor, where torch has shared one among several groups."""
-    seen: set[int] = set()
+    """Give each group its own rate tensor, where torch has shared one among several groups and the default."""
+    default, seen = optimizer.defaults.get("lr"), set[int]()
+    if isinstance(default, Tensor):
+        optimizer.defaults["lr"] = default.clone()
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             if id(group["lr"]) in seen:

@@ -170,6 +170,22 @@ def test_a_fit_that_an_error_has_ended_leaves_the_optimizer(tmp_path, same_callb
     assert callback.schedule.steps_taken == len(Loader())
 
 
+def test_a_second_fit_after_an_interruption_keeps_state_and_measured_scale(tmp_path):
+    class Interrupted(Digits):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if len(self.losses) == 5:
+                raise KeyboardInterrupt
+
+    calls = []
+    module = Interrupted()
+    callback = MLRSNetCallback(measuring(module.network, calls=calls))
+    trainer = trainer_in(tmp_path, max_epochs=1, callbacks=[callback])
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            trainer.fit(module, Loader())
+    assert callback.schedule.steps_taken > 5 and len(calls) == 1
+
+
 def test_a_callback_that_drove_another_run_starts_anew_beside_a_new_trainer(tmp_path):
     module, callback, _ = fit(tmp_path, max_epochs=1)
     losses = callback.schedule.losses

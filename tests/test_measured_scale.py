@@ -38,8 +38,8 @@ class Quadratic:
         xi = self.noise * torch.randn(5, generator=self.generator, dtype=torch.float64)
         return 0.5 * (self.curvatures * (self.network.weight - xi).square()).sum()
 
-    def measure(self, num_steps=1000, **options):
-        optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
+    def measure(self, num_steps=1000, kind=torch.optim.SGD, **options):
+        optimizer = kind(self.network.parameters(), lr=1.0)
         return measure_lr_scale(self.network, optimizer, self.loss, num_steps, **options)
 
 
@@ -188,10 +188,13 @@ def test_measuring_takes_180_steps_or_5_percent_of_the_run(num_steps, expected):
     assert expected - 4 < Quadratic(1.0).measure(num_steps=num_steps).num_steps <= expected
 
 
-@pytest.mark.parametrize(("num_steps", "budget"), [(0, None), (100, 139)])
-def test_too_few_steps_are_refused(num_steps, budget):
-    with pytest.raises(ValueError, match=f"num_steps {num_steps}, budget .*: give at least 1 and 140"):
-        Quadratic(1.0).measure(num_steps=num_steps, budget=budget)
+@pytest.mark.parametrize(("steps", "message"), [
+    ({"num_steps": 0}, "num_steps 0: .* at least 1"), ({"num_steps": 9e3}, "num_steps 9000.0: give a whole number"),
+    ({"num_steps": 100, "budget": 139}, "budget 139: .* at least 140"),
+])
+def test_steps_that_are_too_few_or_no_whole_number_are_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
+        Quadratic(1.0).measure(**steps)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -344,6 +347,9 @@ def test_the_best_peak_at_the_end_of_the_trials_is_told_of_optimizers_that_are_n
 
     assert not measured(torch.optim.SGD).refusal
     assert "largest peak" in measured(torch.optim.ASGD).refusal
+    falling = Quadratic(8000.0, noise=0.1).measure(kind=torch.optim.ASGD)
+    peaks = [trial.rates[0] for trial in falling.trials[1:]]
+    assert peaks == sorted(peaks, reverse=True) and not falling.refusal  # the smallest may be the best
 
 
 def test_groups_that_share_the_tensor_of_their_rate_train_at_their_own_while_the_others_are_measured():

@@ -13,7 +13,17 @@ from torch import nn
 from torch.func import functional_call
 
 from data.meta_stream import MetaStream, schedule_arguments
-from mlr_snet import MetaMLRSNetLR, MLRSNet, MLRSNetLR, hypergradient, load_schedule, load_schedules, lr_scale, train
+from mlr_snet import (
+    MetaMLRSNetLR,
+    MLRSNet,
+    MLRSNetLR,
+    ScaleError,
+    hypergradient,
+    load_schedule,
+    load_schedules,
+    lr_scale,
+    train,
+)
 from mlr_snet_optim.average import Average
 from mlr_snet_optim.directions import descend, update_directions
 
@@ -322,6 +332,15 @@ def test_the_scale_at_a_change_of_nets_comes_from_the_median_of_the_last_losses(
     assert schedule.phase == 0 and schedule.gamma == pytest.approx(lr_scale(2.0, 10))
     schedule.step(1.4)
     assert schedule.phase == 1 and schedule.gamma == pytest.approx(lr_scale(1.5, 10))
+
+
+def test_a_loss_of_zero_at_a_change_of_nets_keeps_net_and_scale_and_is_refused_at_the_start():
+    schedule = MLRSNetLR(one_weight_sgd(), [MLRSNet(), MLRSNet()], 8, num_classes=10)
+    with pytest.raises(ScaleError):
+        schedule.step(0.0)
+    for loss in (2.0, *[0.0] * 7):
+        schedule.step(loss)
+    assert schedule.phase == 0 and schedule.gamma == pytest.approx(lr_scale(2.0, 10))
 
 
 def test_a_loss_that_is_not_finite_reaches_the_caller_with_its_step():

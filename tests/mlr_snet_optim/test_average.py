@@ -44,6 +44,20 @@ def test_an_average_starts_where_its_weights_are_at_the_first_update():
             torch.testing.assert_close(network.weight, torch.full((1, 4), 7.19))
 
 
+def test_an_average_that_has_not_started_is_saved_and_evaluated_at_the_present_weights():
+    network = nn.Linear(4, 1)
+    average, restored = Average(network, 0.9), Average(network, 0.9)
+    nn.init.constant_(network.weight, 7.0)
+    with average.averaged_weights():
+        assert (network.weight == 7).all()
+    nn.init.constant_(network.weight, 8.0)
+    restored.load_state_dict(average.state_dict())
+    for one in (average, restored):
+        one.update()
+        with one.averaged_weights():
+            assert (network.weight == 8).all()
+
+
 def test_weights_unfrozen_after_their_average_was_made_are_an_error_of_the_meta_step():
     network = small_network()
     network[0].requires_grad_(False)
