@@ -19,7 +19,14 @@ from baselines.base import Baseline
 from baselines.from_gradients import HD, L4, RTHO, L4Adam
 from baselines.from_losses import Greedy, Plateau, Val
 from baselines.of_time import SGDR, WSD, Cosine, Exponential, Fixed, Linear, Multistep, OneCycle, WarmupCosine
-from baselines.self_tuning import DAdaptation, Prodigy, ProdigyCosine, ScheduleFree, ScheduleFreeRAdam
+from baselines.self_tuning import (
+    DAdaptation,
+    DAdaptationCosine,
+    Prodigy,
+    ProdigyCosine,
+    ScheduleFree,
+    ScheduleFreeRAdam,
+)
 
 SCHEDULES: dict[str, type[Baseline]] = {
     "fixed": Fixed,
@@ -43,6 +50,7 @@ SCHEDULES: dict[str, type[Baseline]] = {
     "prodigy": Prodigy,
     "prodigy-cosine": ProdigyCosine,
     "dadaptation": DAdaptation,
+    "dadaptation-cosine": DAdaptationCosine,
 }
 
 

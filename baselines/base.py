@@ -19,6 +19,7 @@ class Baseline(ABC):
     """A schedule that MLR-SNet is compared with. Scripts and tables read here what a rival is and needs."""
 
     usual_lr: Mapping[str, float] = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3}  # for each optimizer that it works with
+    text_lr = 20.0  # usual in tables for SGD on text, with clipped gradients
     rate = "initial"  # what lr is: the initial or peak rate, a "factor" of the rate that it finds, or "none": not used
     has_beta = False  # whether its constructor takes beta, the step on the rate
     knows_length = False  # whether its rates depend on the length of the run

@@ -111,6 +111,6 @@ def _make_room(cache: Path, num_bytes: int) -> None:
 
 @functools.cache
 def say(text: str) -> None:
-    """Tell the user once, on rank 0."""
+    """Warn the user once, on rank 0."""
     if rank() == 0:
-        print(text, file=sys.stderr)
+        print(f"warning: {text}", file=sys.stderr)

@@ -41,7 +41,6 @@ LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
     "gpt": partial(GPT, 2),  # the size of lstm3 at the same width
 }
 NETWORKS = IMAGE_NETWORKS | LANGUAGE_MODELS
-INPUT_SIZES = {"vit": "image_size", "gpt": "seq_len"}  # the size of the input that a network is built for
 
 
 def build_network(
@@ -55,7 +54,5 @@ def build_network(
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}: choose from {', '.join(NETWORKS)}")
-    if name in INPUT_SIZES:
-        size = {"image_size": image_size, "seq_len": seq_len}[INPUT_SIZES[name]]
-        options[INPUT_SIZES[name]] = size
-    return NETWORKS[name](num_outputs, **options)
+    sizes = {"vit": {"image_size": image_size}, "gpt": {"seq_len": seq_len}}  # of the input that it is built for
+    return NETWORKS[name](num_outputs, **sizes.get(name, {}), **options)

@@ -11,6 +11,7 @@ from methods import CONSTANT, GRIDS, METHODS, Method
 from specs import Arguments, Table
 from words import detail_of, problem_of
 
+from baselines import SCHEDULES
 from data import TEXTS
 from mlr_snet_scale import usual_lr
 from utils import ROOT, build_optimizer
@@ -23,7 +24,7 @@ class Cell:
     method: Method
     seed: int
     arguments: Arguments  # of the script
-    lines: dict[str, int]  # the detail of each line that it serves -> the epochs that count there, the most at last
+    lines: dict[str, int]  # the detail of each line that it serves -> the epochs that count there
 
     @property
     def num_epochs(self) -> int:
@@ -78,9 +79,10 @@ def cells_of(
             for name in dict.fromkeys([*_methods_of(table, line, methods), *grid]):
                 if seed >= (most if name in grid else seeds_of.get(name, seeds)):
                     continue
-                arguments = _arguments_of(table, preset, line, METHODS[name])
-                # A run on the longest line also serves the shorter ones, unless an average's window is of its length.
-                if not METHODS[name].knows_length and "average" not in arguments:
+                arguments = _arguments_of([*table.methods, *methods], preset, line, METHODS[name])
+                # A run on the longest line serves the shorter ones, too, unless an average or a measured rate is of
+                # its length.
+                if not (METHODS[name].knows_length or "average" in arguments or "measured" in arguments.values()):
                     arguments["num-epoch"] = str(longest[_all_but_length(line)])
                 cell = Cell(METHODS[name], seed, arguments, {})
                 served = cells.setdefault(cell.name, cell).lines
@@ -120,20 +122,20 @@ def _methods_of(table: Table, line: Arguments, methods: Sequence[str]) -> Sequen
     return [method for method in methods if method in fitting] if methods else fitting
 
 
-def _arguments_of(table: Table, preset: str, line: Arguments, method: Method) -> Arguments:
-    """A method's arguments on one line."""
+def _arguments_of(names: Sequence[str], preset: str, line: Arguments, method: Method) -> Arguments:
+    """A method's arguments on one line, beside the methods of these names."""
     arguments = dict(line)
     is_text = line["dataset"] in TEXTS
     if method.script == "meta-train":
         arguments.setdefault("t-val", "300" if preset == "paper" else "auto")
     else:
         arguments.pop("t-val", None)
-    if not is_text and any(METHODS[name].script == "meta-train" for name in table.methods):
+    if not is_text and any(METHODS[name].script == "meta-train" for name in names):
         # Meta-training holds images out. Every method of the table trains on what is left.
         arguments.setdefault("num-meta", "1000")
     optimizer = method.flags.get("optimizer", line.get("optimizer", "sgd"))
     if is_text and optimizer == "sgd" and method.has_initial_lr:
-        arguments.setdefault("lr", "20")  # usual for SGD with clipped gradients
+        arguments.setdefault("lr", f"{SCHEDULES[method.schedule].text_lr:g}")
     if method.name == CONSTANT:
         arguments["lr"] = _constant_lr(line)
     if method.has_own_direction:

@@ -28,7 +28,7 @@ class Method:
     @property
     def knows_length(self) -> bool:
         """Whether it adapts to the length of the run. If not, a long run begins like a short one."""
-        return self.is_ours or "measured" in self.flags.values() or SCHEDULES[self.schedule].knows_length
+        return self.is_ours or SCHEDULES[self.schedule].knows_length
 
     @property
     def has_own_direction(self) -> bool:

@@ -2,6 +2,7 @@
 a stopped one resumes.
 """
 
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -67,6 +68,9 @@ class CellRun:
             if self._is_of_another():
                 return f"{self.name}: {self.folder} holds another run; move it away, so that this one can be made"
             code, lines = self._start()
+            for line in lines:
+                if line.startswith("warning: "):
+                    _tell(line)
             diverged = [line for line in lines if line.startswith("diverged")]
             if code == 0 or diverged:
                 status = {"cell": self.name, "status": "diverged" if diverged else "done",
@@ -143,6 +147,12 @@ class CellRun:
                 if self.process.is_alive():  # a job of a cluster was cancelled
                     self.process.terminate()
             return self.process.exitcode, read_text(errors).strip().splitlines()
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Show a line that runs have in common once."""
+    tqdm.write(line, file=sys.stderr)
 
 
 class Race:

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,20 +125,20 @@ def by_group(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def ranking(records: list[Record]) -> list[str]:
-    """The methods, the best first: by the sum of their places over the groups."""
-    places: Counter[str] = Counter()
+    """The methods, the best first: by the mean of their places over the groups."""
+    places: dict[str, list[int]] = {record["method"]: [] for record in records}
     for members in by_group(records).values():
         for place, record in enumerate(sorted(members, key=_badness)):
-            places[record["method"]] += place
-    return sorted(dict.fromkeys(record["method"] for record in records), key=lambda method: places[method])
+            places[record["method"]].append(place)
+    return sorted(places, key=lambda method: statistics.mean(places[method]))
 
 
-def _badness(record: Record) -> float:
-    """Smaller is better: of the averaged weights where there are any, else of the last epoch."""
-    if "runs" not in record:
-        return math.inf
-    value = record["average_mean"] if "average_mean" in record else record["last_mean"]
-    return value if record["metric"] in LOW_IS_GOOD else -value
+def _badness(record: Record) -> tuple[int, float]:
+    """Smaller is better: first the seeds that diverged, then the averaged weights where there are any, else the last
+    epoch.
+    """
+    value: float = record["average_mean"] if "average_mean" in record else record.get("last_mean", math.inf)
+    return record["seeds"] - record["finished"], value if record.get("metric") in LOW_IS_GOOD else -value
 
 
 def leading(ranked: Sequence[str], first: Sequence[str], most: int) -> list[str]:

@@ -100,7 +100,7 @@ TABLES: dict[str, Table] = {
         presets=dict.fromkeys(("paper", "desk"), lines("network=resnet8 dataset=digits num-epoch=15 num-meta=200")),
     ),
     "cifar10-resnet": Table(
-        title="Meta-train stage on CIFAR-10",
+        title="Meta-train stage",
         question="Which schedule trains a residual network best, each with its usual settings?",
         methods=STAGE,
         presets={
@@ -118,7 +118,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "cifar100-wideresnet": Table(
-        title="Meta-train stage on CIFAR-100",
+        title="Meta-train stage, a hundred classes",
         question="Which schedule is best with a hundred classes, each with its usual settings?",
         methods=STAGE,
         presets={
@@ -260,7 +260,7 @@ TABLES: dict[str, Table] = {
         question="Which method is best on many problems if nobody tunes anything?",
         methods=[
             "MLR-SNet (recommended)", "MLR-SNet (transferred)", *DECAYING, *MEASURED, CONSTANT, "greedy",
-            "schedule-free", "schedule-free-adamw", "schedule-free-radam", "prodigy-cosine", "dadaptation",
+            "schedule-free", "schedule-free-adamw", "schedule-free-radam", "prodigy-cosine", "dadaptation-cosine",
         ],
         has_regret=True,
         presets={

@@ -32,6 +32,7 @@ from training.folder import FolderLock, read_record
 
 NOT_FOR_SET = {  # flags that a table gives to its runs itself
     "seed": "use --seeds N", "out": "use --out", "resume": "leave it out; a table resumes its runs by itself",
+    "help": "leave it out",
 }
 NUMBERS = {  # flags that a table reads itself, to name its lines
     "num-epoch": number(int, 1), "limit-train": number(int, 1), "momentum": number(float, 0),
@@ -110,6 +111,8 @@ def override(text: str) -> tuple[str, str]:
     flag = {"optim": "optimizer"}.get(name, name.replace("_", "-"))
     if flag in NOT_FOR_SET:
         raise argparse.ArgumentTypeError(f"{flag}: {NOT_FOR_SET[flag]}")
+    if flag == "optimizer" and value not in ("sgd", "adam", "adamw"):
+        raise argparse.ArgumentTypeError(f"optimizer: {value!r}: choose sgd, adam or adamw")
     try:
         NUMBERS.get(flag, str)(value)
     except argparse.ArgumentTypeError as error:
