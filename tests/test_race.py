@@ -38,6 +38,12 @@ def rows(cells, folder):
     return [[{name: row[name] for name in row if name != "seconds"} for row in run.rows] for run in runs]
 
 
+def test_a_warning_of_runs_that_succeed_is_shown_once(tmp_path, capsys):
+    for cell in cells_of(TABLES["first"], "smoke", 1, ["fixed", "cosine"], {**SIZES, "limit-train": "7"}):
+        assert run_of(cell, tmp_path)() == ""
+    assert capsys.readouterr().err.count("warning: 7 training images leave out 3 of 10 classes") == 1
+
+
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_text(""),

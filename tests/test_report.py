@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,9 +198,17 @@ def test_a_page_shows_a_dozen_methods_the_best_first_and_mlr_snet_always(tmp_pat
 def test_the_lines_of_a_table_stand_side_by_side_with_the_papers_numbers(tmp_path):
     runs = [run_of("fixed", 0, accuracies(40, last), network=network, dataset="cifar10")
             for network, last in (("shufflenetv2", 50), ("nasnet", 60))]
-    page = result_of(tmp_path, runs, table="networks")
+    assert "| fixed | 50.00 | 60.00 |" in result_of(tmp_path, runs, table="networks")
+    page = result_of(tmp_path, runs, table="networks", command="python tables/tables.py --preset=paper")
     assert "| method | ShuffleNetV2 on CIFAR-10 | NASNet on CIFAR-10 | steps |" in page
     assert "| fixed | 50.00 (paper: ~87.0) | 60.00 (paper: ~87.2) |" in page
+
+
+def test_a_method_of_which_a_seed_diverged_ranks_behind_those_that_finished(tmp_path):
+    runs = [run_of("cosine", seed, accuracies(80, 80)) for seed in (0, 1)]
+    runs += [run_of("l4mom", 0, accuracies(90, 90)), replace(run_of("l4mom", 1, accuracies(90)), status="diverged")]
+    page = result_of(tmp_path, runs)
+    assert page.index("| cosine |") < page.index("| l4mom (1 of 2 diverged) |")
 
 
 def test_a_page_of_images_and_text_says_both_units(tmp_path):

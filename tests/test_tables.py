@@ -171,6 +171,26 @@ def test_a_method_that_does_not_know_its_length_begins_a_long_run_like_a_short_o
         assert {**row, "seconds": 0} == {**begun, "seconds": 0}, name
 
 
+def test_a_rate_that_is_measured_for_one_length_serves_no_other():
+    cells = cells_of(TABLES["epochs"], "desk", 1, ["fixed"], {"lr": "measured"})
+    assert [cell.lines for cell in cells] == [{"10 epochs": 10}, {"30 epochs": 30}, {"90 epochs": 90}]
+
+
+def test_images_are_held_out_for_all_where_a_method_learns_though_it_is_none_of_the_tables():
+    table = TABLES["epochs"]
+    assert not any(METHODS[name].script == "meta-train" for name in table.methods)
+    cells = cells_of(table, "desk", 1, ["MLR-SNet (learning)", "cosine"], {})
+    assert {cell.arguments["num-meta"] for cell in cells} == {"1000"}
+
+
+def test_schedule_free_sgd_has_several_times_the_classical_rate_on_text_too():
+    cells = cells_of(TABLES["untuned"], "desk", 1, ["schedule-free", "cosine"], {"text-root": "texts"})
+    rates = {cell.method.name: cell.arguments["lr"] for cell in cells
+             if cell.arguments["network"] == "lstm2" and "lr" not in cell.method.flags
+             and cell.arguments.get("optimizer", "sgd") == "sgd" and float(cell.arguments.get("momentum", 0)) == 0}
+    assert rates == {"schedule-free": "100", "cosine": "20"}
+
+
 def test_a_long_run_serves_the_shorter_lines():
     cells = cells_of(TABLES["epochs"], "smoke", 1, ["fixed", "onecycle"], {})
     served = {(cell.method.name, cell.num_epochs): cell.lines for cell in cells}
@@ -284,6 +304,8 @@ def test_every_spec_names_methods_and_problems_that_exist():
     (["--table", "own", "--set", "x"], "--set: x: give NAME=VALUE"),
     (["--table", "own", "--set", "num-epoch=abc"], "--set: num-epoch: 'abc' is not a number at least 1"),
     (["--table", "own", "--set", "seed=1"], "--set: seed: use --seeds N"),
+    (["--table", "learning", "--set", "optimizer=foo"], "--set: optimizer: 'foo': choose sgd, adam or adamw"),
+    (["--table", "own", "--set", "help="], "--set: help: leave it out"),
     (["--table", "own", "--set", "wd=0.1", "wd=0.2", "--only", "cosine"], "--set wd: duplicate; give it once"),
     (["--table", "own", "--more-seeds", "fixed=2"], "--more-seeds fixed=2: give more than the 3 of --seeds"),
     (["--table", "sizes", "--set", "lr=0.2"], "--set lr: the method 'cosine (measured)' sets it"),

@@ -33,14 +33,16 @@ def small_network():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
 
-def drive(schedule, network, steps=STEPS, start=0):
-    """The rates of the steps, and the network's weights before each step."""
+def drive(schedule, network, steps=STEPS, start=0, shrink=1.0):
+    """The rates of the steps, and the network's weights before each step. `shrink` multiplies the gradients."""
     task, rates, weights = Points(), [], []
     for number in range(start, start + steps):
         weights.append([parameter.detach().clone() for parameter in network.parameters()])
         loss, _, _ = task.loss(network, task.points(number), None)
         schedule.optimizer.zero_grad()
         loss.backward(retain_graph=schedule.second_order)
+        for parameter in network.parameters() if shrink != 1 else ():
+            parameter.grad.mul_(shrink)
         schedule.step(loss)
         rates.append(schedule.get_last_lr()[0])
         schedule.optimizer.step()

@@ -33,11 +33,12 @@ def test_hd_follows_the_derivative_of_the_next_loss_in_the_last_rate(name):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_rtho_follows_the_derivative_of_the_validation_loss_through_all_steps(momentum):
+@pytest.mark.parametrize("shrink", [1.0, 0.3])  # as clipping does
+def test_rtho_follows_the_derivative_of_the_validation_loss_through_all_steps(momentum, shrink):
     network = small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=momentum, weight_decay=0.1)
     schedule = RTHO(optimizer, 2, 3, beta=1e-3, network=network, meta_loss=MetaStream(Points(), network))
-    rates, _ = drive(schedule, network)
+    rates, _ = drive(schedule, network, shrink=shrink)
     for last in range(1, STEPS):
         # all rates moved by the same shift, whose derivative at 0 is the sum over the steps so far
         shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -46,7 +47,7 @@ def test_rtho_follows_the_derivative_of_the_validation_loss_through_all_steps(mo
         for number in range(last):
             gradients = torch.autograd.grad(unrolled_loss(number, point), point, create_graph=True)
             velocity = [
-                momentum * old + gradient + 0.1 * weight
+                momentum * old + shrink * gradient + 0.1 * weight
                 for old, gradient, weight in zip(velocity, gradients, point, strict=True)
             ]
             point = [weight - (rates[number] + shift) * old for weight, old in zip(point, velocity, strict=True)]

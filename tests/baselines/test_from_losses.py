@@ -33,11 +33,11 @@ def losses():
     return [max(1.0, 3.0 - 0.04 * step) + 0.02 * value for step, value in enumerate(noise)]
 
 
-def reading(name):
+def reading(name, lr=0.1):
     """A schedule that reads the loss, with epochs of four steps."""
     if name == "greedy":
         pytest.importorskip("transformers", reason="needs the package transformers")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     return SCHEDULES[name](optimizer, NUM_LOSSES // STEPS, STEPS)
 
 
@@ -59,17 +59,19 @@ def test_plateau_equals_torchs_own_on_the_mean_losses_of_the_epochs():
     assert expected[-1] < expected[0]
 
 
-def test_greedy_equals_its_package_used_directly():
-    schedule = reading("greedy")
+@pytest.mark.parametrize(("lr", "bounds"), [(0.1, {}), (0.002, {"min_lr": 2e-5, "max_lr": 0.02})])
+def test_greedy_equals_its_package_used_directly(lr, bounds):
+    schedule = reading("greedy", lr)
     from transformers import GreedyLR
 
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    scheduler, expected = GreedyLR(optimizer, smooth=True), []  # its bounds suit an initial rate of 0.1
-    for value in losses():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler, expected = GreedyLR(optimizer, smooth=True, **bounds), []  # its own suit an initial rate of 0.1
+    values = [*losses(), *(abs(step - 600) - 700 for step in range(2400))]
+    for value in values:
         scheduler.step(value)
         expected.append(optimizer.param_groups[0]["lr"])
-    assert driven(schedule, losses()) == expected
-    assert max(expected) > 0.1 and expected[-1] < max(expected)
+    assert driven(schedule, values) == pytest.approx(expected)
+    assert max(expected) == pytest.approx(10 * lr) and min(expected) == pytest.approx(lr / 100)
 
 
 @pytest.mark.parametrize("name", ["plateau", "greedy"])

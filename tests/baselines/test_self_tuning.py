@@ -17,6 +17,7 @@ from baselines import build_baseline
     ("schedule-free-radam", "adamw", "schedulefree", lambda m, p: m.RAdamScheduleFree(p, lr=0.05)),
     ("prodigy", "adamw", "prodigyopt", lambda m, p: m.Prodigy(p, lr=0.05)),
     ("prodigy-cosine", "adamw", "prodigyopt", lambda m, p: m.Prodigy(p, lr=0.05)),
+    ("dadaptation-cosine", "adamw", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05, decouple=True)),
     ("dadaptation", "sgd", "dadaptation", lambda m, p: m.DAdaptSGD(p, lr=0.05)),
     ("dadaptation", "adam", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05)),
     ("dadaptation", "adamw", "dadaptation", lambda m, p: m.DAdaptAdam(p, lr=0.05, decouple=True)),
@@ -28,7 +29,7 @@ def test_a_packaged_rival_equals_its_package_used_directly(name, kind, package, 
     drive(schedule, network)
     other = small_network()
     optimizer = make(module, other.parameters())
-    cosine = CosineAnnealingLR(optimizer, STEPS) if name == "prodigy-cosine" else None
+    cosine = CosineAnnealingLR(optimizer, STEPS) if name.endswith("cosine") else None
     if hasattr(optimizer, "train"):
         optimizer.train()
     for number in range(STEPS):
