@@ -100,7 +100,7 @@ FILES = [  # RUN: a finished run of meta-train; BAD: a folder of damaged files
     (META_TEST, ["--init", "RUN/mlr_snet_1.pth"], "no weights of this network"),
     (META_TEST, ["--init", "RUN"], "--init"),
     (META_TRAIN, ["--out", ""], "empty path"), (META_TRAIN, ["--out", "/" + "x" * 300], "File name too long"),
-    (META_TRAIN, ["--out", "/proc/run"], "/proc/run"), (META_TRAIN, ["--out", "BAD/empty"], "Not a directory"),
+    (META_TRAIN, ["--out", "/proc/run"], "/proc/run"), (META_TRAIN, ["--out", "BAD/empty"], "not a folder"),
     (META_TRAIN, ["--out", "RUN"], "--resume"), (META_TEST, ["--out", "RUN"], "--resume"),
     (META_TRAIN, ["--out", "BAD/orphan"], "holds another run"),
     (META_TRAIN, ["--dataset", "folder", "--data-root", "missing"], "missing"),

@@ -8,10 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from faults import TRAIN, shell, tree
+from faults import TINY, TRAIN, shell, tree
 from test_scripts import META_TEST, META_TRAIN, ONE_THREAD, call, kill_and_resume, results, same
 
 from training.folder import FolderLock, _commit
@@ -56,6 +57,13 @@ def test_a_copy_inside_another_repository_does_not_record_its_commit(monkeypatch
     for root, is_known in ((tmp_path, True), (tmp_path / "copy", False)):
         monkeypatch.setattr("training.folder.ROOT", root)
         assert (_commit() != "unknown") == is_known
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_scale_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    done = call(capsys, META_TEST, *TINY, "--momentum", "0.9", "--out", tmp_path / "a" / "b")
+    assert done.returncode == 2 and f"{tmp_path} is not a folder that can be written to" in done.stderr
+    assert "measuring" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["run.png", "cost.json", "notes.txt"])

@@ -1,6 +1,7 @@
 """The flags of meta-train and meta-test, and what --resume takes from a run's args.json."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,12 @@ def parse_run_arguments(
 
 
 def refuse_used(out: Path) -> None:
-    """ValueError unless the folder is new or empty: what lies there is another run's, or the user's."""
+    """ValueError unless the folder is new or empty: what lies there is another run's, or the user's; and where it, or
+    the folder that it would lie in, cannot be written to.
+    """
+    place = next(path for path in (out, *out.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out {out}: {place} is not a folder that can be written to")
     names = contents(out)
     if {"args.json", "checkpoint.pth", "metrics.csv"} & set(names):
         raise ValueError(f"--out {out} holds another run; continue it with --resume or give another --out")
