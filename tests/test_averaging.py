@@ -125,6 +125,7 @@ def test_both_networks_can_be_begun_from(reference, tmp_path, capsys):
 
 
 def test_the_average_of_a_schedule_free_run_mixes_in_the_weights_that_train(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("schedulefree", reason="needs the package schedulefree")
     mixed, mix_in = [], Average.mix_in
     monkeypatch.setattr(Average, "mix_in", lambda self: (mixed.append(self.parameters[0].clone()), mix_in(self)))
     words = [*SMALL[:-4], "--num-epoch", "1", "--schedule", "schedule-free", "--average", "--test-every", "1"]
