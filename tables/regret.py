@@ -225,12 +225,12 @@ def peaks_of(runs: list[Run], records: list[Record]) -> list[Record]:
 
 
 def measured_lr(runs: list[Run], members: list[Record]) -> float | None:
-    """The rate measured for the optimizer of the problem's grid, the geometric mean over the seeds; None without."""
+    """The rate measured for the optimizer of the problem's grid, the geometric mean over its runs; None without."""
     names = {name for record in members for name in record["names"].values()}
     mine = [(run, [run.arguments.get(name) for name in ("optimizer", "momentum")]) for run in runs if run.name in names]
     of_grid = [optimizer for run, optimizer in mine if run.method in GRID]
-    rates = {run.seed: run.lr_scale["scale"] for run, optimizer in mine if run.lr_scale and optimizer in of_grid}
-    return statistics.geometric_mean(rates.values()) if rates else None
+    rates = [run.lr_scale["scale"] for run, optimizer in mine if run.lr_scale and optimizer in of_grid]
+    return statistics.geometric_mean(rates) if rates else None
 
 
 def _number(value: float | None) -> str:
