@@ -18,9 +18,8 @@ def mlr_snet(path: str | Path | None = None, hidden_size: int = 50, num_layers: 
 def mlr_snet_lr(
     optimizer: Optimizer,
     num_steps: int,
-    nets: str | Sequence[str | Path] = "recommended",
+    nets: str | Sequence[_mlr_snet.MLRSNet] = "recommended",
     **options: object,
 ) -> _mlr_snet.MLRSNetLR:
-    """The scheduler around an optimizer, with the nets that load_schedules takes; options are MLRSNetLR's."""
-    schedules = _mlr_snet.load_schedules(nets)
-    return _mlr_snet.MLRSNetLR(optimizer, schedules, num_steps, **options)  # type: ignore
+    """MLRSNetLR with its options; nets is the name of a shipped set, or a list of nets of mlr_snet()."""
+    return _mlr_snet.MLRSNetLR(optimizer, nets, num_steps, **options)  # type: ignore

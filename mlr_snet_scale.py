@@ -115,7 +115,7 @@ def measure_lr_scale(
     num_classes, perplexity, process_group: as in MLRSNetLR; groups, too: those left out train at their own rates.
     budget: the training steps to take, at least 140 (default: 180, or 5 % of num_steps if that is more).
 
-    Restores network, optimizer, gradients and random generators bit for bit, and runs no hooks of the optimizer.
+    Restores network, optimizer, gradients and the global random generators bit for bit; runs no hooks of the optimizer.
     `network` is a ModuleList where next_loss runs several modules: what it lacks keeps the trials' gradients and
     statistics. All ranks find the same scale. Where the range test's loss does not fall clearly, the scale is the guess
     or, if lower, c · the rate where it diverges; `refusal` says so, and where another optimizer than SGD and Adam does

@@ -155,14 +155,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--losses", type=Path, metavar="RUN", help="a run's folder or metrics.csv, whose training losses the nets read")
     add("--decay", type=number(float, 1e-6, 1e6), nargs=2, default=[2.3, 0.01], metavar=("FIRST", "LAST"),
         help="without --losses: a training loss that falls exponentially, in nats (default: 2.3 0.01)")
-    add("--num-epoch", type=number(int, 1), default=60, help="epochs of that decay (default: 60)")
+    add("--num-epoch", type=number(int, 1), default=60, metavar="N", help="epochs of that decay (default: 60)")
     add("--steps-per-epoch", type=number(int, 1), metavar="N",
         help="steps of an epoch (default: those of the run of --losses, or 20)")
     add("--num-classes", type=number(int, 2), metavar="N",
         help="classes, or the size of the vocabulary, which --perplexity needs (default: 10)")
     add("--perplexity", action="store_true", help="the losses are a language model's")
     add("--gamma", type=number_or(number(float, 1e-6, 1e6), "auto"), default="auto",
-        help="LR scale: a number, or auto for the paper's formula (default: auto)")
+        help="LR scale: a number, or auto, the γ of the run of --losses where it has one, else the paper's formula "
+        "(default: auto)")
     add("--out", type=Path, default=SCRIPT.parent / "result" / "inspect-schedule.png", metavar="FILE",
         help="the picture, a .png (default: result/inspect-schedule.png beside this script)")
     args = parser.parse_args(argv)

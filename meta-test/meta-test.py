@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=number_or(number(float, 0, above=True), "measured"), metavar="LR",
         help=f"initial or peak rate of a baseline; measured finds it as for --gamma (default: {_usual_rates()})")
     add("--beta", type=number(float, 0, above=True), metavar="BETA",
-        help=f"step of {with_beta} on the rate (default: {default_beta('sgd'):g}; adam {default_beta('adam'):g})")
+        help=f"step of {with_beta} on the rate (default: {default_beta('sgd'):g}; others {default_beta('adam'):g})")
     add_run_arguments(parser)
     args, given = parse_run_arguments(parser, SCRIPT, argv, "shufflenetv2")
     _check_schedule(parser, args, given)

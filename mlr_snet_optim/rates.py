@@ -85,8 +85,8 @@ def settled_ratios(
             continue
         raise RuntimeError(
             f"the learning rate is {float(group['lr']):g}, but this schedule had set {lr:g}; remove the other "
-            "scheduler that changes it, or leave its group out of `groups`; where the optimizer went back to an "
-            "earlier state, load the schedule's state_dict(), too"
+            "scheduler that changes it (or the handle of one attached earlier), or leave its group out of `groups`; "
+            "where the optimizer went back to an earlier state, load the schedule's state_dict(), too"
         )
     if len(present) > len(settled):
         unshare_rates(optimizer)

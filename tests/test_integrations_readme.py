@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import re
 
 import pytest
@@ -100,8 +101,12 @@ def test_the_lines_for_ignite_train_by_the_planned_steps():
 def test_the_lines_that_measure_do_so_in_a_loop_and_in_an_adapters_function():
     in_a_loop, in_an_adapter = readme_code("Which γ?")
     names = namespace()
+    others = multiprocessing.active_children()
+    whole = names["loader"]
+    names["loader"] = torch.utils.data.DataLoader(whole.dataset, whole.batch_size, num_workers=1)
     exec(in_a_loop, names)
     train_in(names)
+    assert multiprocessing.active_children() == others  # those of the measuring have ended, too
     exec(in_an_adapter, names)
     names["schedule"] = names["make_schedule"](optimizer=names["optimizer"], num_steps=8)
     train_in(names)
