@@ -1,6 +1,5 @@
 """What an optimizer's next step subtracts per unit of learning rate: d_t."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mlr_snet_optim.ranks import on_host
 from mlr_snet_optim.rates import Ratios, lr_ratios, set_lr
@@ -67,7 +67,7 @@ def update_directions(optimizer: Optimizer, ratios: Ratios | None = None) -> Upd
     only while it is used. Changes neither the optimizer nor the parameters. `ratios` are those of the parameter groups
     (default: lr_ratios); a group of None is left out. An optimizer without an entry in DIRECTIONS takes trial steps,
     which are undone bit for bit and do not run its hooks. Raises TypeError for an update that is not affine in the
-    rate, and for complex or sparse gradients.
+    rate, for complex or sparse gradients, and for Adam with parameters of float16.
     """
     check_affine(optimizer)
     ratios = lr_ratios(optimizer) if ratios is None else ratios
@@ -79,6 +79,8 @@ def update_directions(optimizer: Optimizer, ratios: Ratios | None = None) -> Upd
     for parameter in moved:
         if parameter.is_complex() or parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise TypeError("complex parameters and sparse gradients are not supported; use dense real ones")
+        if DIRECTIONS.get(type(optimizer)) is _adam and parameter.dtype == torch.float16:
+            raise TypeError("Adam's squares overflow in parameters of float16: use float32 or bfloat16")
     if moved and type(optimizer) not in DIRECTIONS:
         return _measured_directions(optimizer, list(moved), ratios)
     direction, states = partial(_direction, type(optimizer)), optimizer.state
@@ -130,14 +132,17 @@ def _measured_directions(optimizer: Optimizer, parameters: list[nn.Parameter], r
 
 
 def bare_step(optimizer: Optimizer) -> None:
-    """optimizer.step() without the hooks that are registered on it; clears autocast's cache of cast weights."""
-    attributes = vars(optimizer)
-    hooks = {name: attributes[name] for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
-    attributes.update((name, OrderedDict()) for name in hooks)
+    """optimizer.step() without hooks, its own or those of all optimizers; clears autocast's cache of cast weights."""
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    places = [getattr(optimizer, name) for name in names] + [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    hooks = [dict(place) for place in places]
+    for place in places:
+        place.clear()
     try:
         type(optimizer).step(optimizer)  # not what a scheduler has put in its place
     finally:
-        attributes.update(hooks)
+        for place, kept in zip(places, hooks, strict=True):
+            place.update(kept)
     torch.clear_autocast_cache()
 
 

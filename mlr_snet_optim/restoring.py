@@ -99,7 +99,8 @@ def preserved_modules(network: nn.Module, moving: Iterable[Tensor]) -> Iterator[
 def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Restores weights, gradients, optimizer state, options and random generators bit for bit; yields copies by tensor.
 
-    Also restores the optimizer's attributes that are numbers, tensors or optimizers, such as the one that it wraps.
+    Also restores the optimizer's attributes that are None, numbers, tensors or optimizers, such as the one that it
+    wraps, and removes new ones.
     Inside, a fused optimizer does not divide its gradients by the scale of a GradScaler that is stepping it.
     """
     scaling: dict[str, Any] = {name: vars(optimizer).pop(name) for name in ("grad_scale", "found_inf")
@@ -110,8 +111,9 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
     # One that was frozen and keeps its gradient still moves.
     weights = [weight for weight in parameters_of(optimizer) if weight.requires_grad or weight.grad is not None]
+    own = [set(vars(one)) for one in optimizers]
     attributes = [
-        {name: value for name, value in vars(one).items() if isinstance(value, (int, float, Tensor))}
+        {name: value for name, value in vars(one).items() if value is None or isinstance(value, (int, float, Tensor))}
         for one in optimizers
     ]
     entries = [entry for one in optimizers for entry in (*one.state.values(), *one.param_groups)
@@ -126,7 +128,9 @@ def preserved_optimizer(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
         try:
             yield copies
         finally:
-            for one, state, numbers in zip(optimizers, states, attributes, strict=True):
+            for one, names, state, numbers in zip(optimizers, own, states, attributes, strict=True):
+                for name in vars(one).keys() - names:
+                    delattr(one, name)
                 one.state.clear()
                 one.state.update(state)
                 vars(one).update(numbers)

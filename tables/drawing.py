@@ -47,7 +47,9 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
     chosen = coloured(records, highlight)
     for row, members in zip(panels, groups.values(), strict=False):  # no group where every run diverged
         metric, unit = members[0]["metric"], unit_of(members)
-        shown = {"train_loss": "training loss (nats)", metric: unit}
+        is_regression = metric == "test_r2"
+        loss_unit = "mean squared error" if is_regression else "nats"
+        shown = {"train_loss": f"training loss ({loss_unit})", metric: unit}
         if is_averaged:
             shown[f"{metric}_average"] = f"{unit}, averaged weights"
         shown["lr"] = "learning rate (mean of the epoch)"
@@ -57,8 +59,10 @@ def draw(path: Path, records: list[Record], highlight: Sequence[str] = ()) -> No
                 _draw_curve(panel, record, column, style, has_band=column.startswith(metric))
             panel.set(xlabel="epoch", ylabel=label)
             panel.xaxis.get_major_locator().set_params(integer=True)
-            if column == "lr":
+            if column == "lr" or (is_regression and column == "train_loss"):
                 panel.set_yscale("log")
+            elif is_regression:  # a diverging run explains less than nothing
+                panel.set_ylim(0, 100)
             elif metric == "test_ppl" and column.startswith(metric):
                 _logarithmic(panel)
         row[0].set_title(members[0]["title"], loc="left")

@@ -43,7 +43,7 @@ class Log:
     def step(self, number: int, loss: float, score: float, lr: float) -> None:
         self._add_events({"step/loss": loss, "step/lr": lr}, number)
         self.bar.update()
-        self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.4f}", self.score: f"{score:.1f}"})
+        self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.4g}", self.score: f"{score:.1f}"})
 
     def gamma(self, number: int, gamma: float) -> None:
         """The LR scale, set at step `number`."""

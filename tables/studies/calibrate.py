@@ -123,7 +123,7 @@ def measure(problem: Problem, data: Data, seed: int, num_steps: int) -> dict[str
 
 
 def score(problem: Problem, row: dict[str, Any]) -> float:
-    """What is to be small: the error in %, or for text the loss in per cent of a nat (so in % of perplexity)."""
+    """What is to be small: the error in %, or for text the loss in hundredths of a nat."""
     return 100 * row["loss"] if problem.is_text else 100 - row["accuracy"]
 
 
@@ -181,10 +181,13 @@ class Case:
         return middle + (left - right) / (left - 2 * low + right) / 2 if left + right > 2 * low else float(middle)
 
     def regret(self, rate: float) -> float:
-        """What a run from that peak loses against the best of the grid: interpolated, and level outside the grid."""
+        """What a run from that peak loses against the best of the grid, in points or % of perplexity: interpolated,
+        and level outside the grid.
+        """
         low = max(min(self.scores), min(math.floor(rate), max(self.scores) - 1))
         share = min(max(rate - low, 0.0), 1.0)
-        return (1 - share) * self.scores[low] + share * self.scores[low + 1] - min(self.scores.values())
+        lost = (1 - share) * self.scores[low] + share * self.scores[low + 1] - min(self.scores.values())
+        return 100 * math.expm1(lost / 100) if self.problem.is_text else lost
 
     @cached_property
     def range_rate(self) -> float:

@@ -220,7 +220,7 @@ def load_data(root: Path, name: str, size: int) -> Data:
 
 
 def load_images(folder: Path, size: int) -> Data:
-    """The last 1,000 training images of every class, shrunk to size × size pixels: 600 to train, 400 to validate."""
+    """The last 1,000 training images of every class, shrunk to size × size pixels: on average 600 to train."""
     images, labels = [], []
     for label, path in enumerate(sorted(folder.iterdir())):
         for file in sorted(path.iterdir())[-1000:]:
@@ -291,9 +291,10 @@ class Training:
     def validate(self) -> tuple[float, float]:
         """Validation loss and accuracy in %."""
         self.network.eval()
-        halves = zip(*(part.split(500) for part in self.data.validation), strict=True)
-        results = [[float(value) for value in cross_entropy(self.network, *half)] for half in halves]
-        loss, accuracy = (statistics.fmean(column) for column in zip(*results, strict=True))
+        batches = list(zip(*(part.split(500) for part in self.data.validation), strict=True))
+        results = [[float(value) for value in cross_entropy(self.network, *batch)] for batch in batches]
+        sizes = [len(inputs) for inputs, _ in batches]
+        loss, accuracy = (statistics.fmean(column, sizes) for column in zip(*results, strict=True))
         return loss, 100 * accuracy
 
 

@@ -7,6 +7,7 @@ import torch
 from test_restoring import INPUTS, act, loss_of
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mlr_snet_optim.directions import NOT_AFFINE, bare_step, update_directions
 from mlr_snet_optim.rates import set_lr
@@ -172,6 +173,7 @@ def test_trial_steps_and_measuring_run_no_hooks():
     optimizer, seen = torch.optim.RMSprop(network.parameters(), lr=0.1), []
     optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
     optimizer.register_step_post_hook(lambda *_: seen.append("post"))  # an average of the weights, for example
+    of_all = register_optimizer_step_post_hook(lambda *_: seen.append("all"))
 
     def loss():
         return nn.functional.cross_entropy(network(inputs), torch.arange(8) % 4)
@@ -182,6 +184,9 @@ def test_trial_steps_and_measuring_run_no_hooks():
     with preserved_optimizer(optimizer):
         bare_step(optimizer)
     assert not seen
+    optimizer.step()
+    of_all.remove()
+    assert seen == ["pre", "post", "all"]
 
 
 class Calling(AdamW):
@@ -242,6 +247,37 @@ def test_trial_steps_of_16_bits_are_refused():
     with pytest.raises(TypeError, match="Calling with parameters of 16 bits"):
         update_directions(Calling(network.parameters()))
     update_directions(AdamW(network.parameters()))
+
+
+def test_adam_with_parameters_of_float16_is_refused_and_sgd_is_not():
+    network = nn.Linear(4, 1).half()
+    network(INPUTS.half()).sum().backward()
+    update_directions(torch.optim.SGD(network.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="float16"):
+        update_directions(AdamW(network.parameters()))
+
+
+class Counting(torch.optim.Optimizer):
+    """Gradient descent with numbers of its own, of which one is None at first and one is made in the first step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.norm = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+            self.norm = parameter.grad.norm()
+        self.num_steps = getattr(self, "num_steps", 0) + 1
+
+
+def test_trial_steps_and_measuring_leave_no_numbers_in_an_optimizer_that_had_none():
+    network = nn.Linear(4, 1)
+    optimizer = Counting(network.parameters())
+    act("lookahead", network, optimizer)
+    act("measuring", network, optimizer)
+    assert optimizer.norm is None and not hasattr(optimizer, "num_steps")
 
 
 def test_a_frozen_parameter_that_keeps_its_gradient_is_restored_after_trial_steps():
