@@ -181,7 +181,7 @@ def test_without_a_place_for_the_cache_the_run_goes_on_with_one_line(
     capsys.readouterr()
     folder_task(class_folder)
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("decoded images are not cached") and "set MLR_SNET_CACHE to" in line
+    assert line.startswith("warning: decoded images are not cached") and "set MLR_SNET_CACHE to" in line
     shutil.rmtree(class_folder / "test")
     assert folder_task(class_folder).fingerprint() == reference
 
