@@ -91,8 +91,8 @@ IMAGES = [*TINY, "--num-epoch", "4", "--num-meta", "20"]
 WORDS = [*TEXT, "--num-epoch", "3"]
 PACKAGES = {"schedule-free": "schedulefree", "schedule-free-radam": "schedulefree", "prodigy": "prodigyopt",
             "prodigy-cosine": "prodigyopt",
-            "dadaptation": "dadaptation", "greedy": "transformers"}
-ON_ADAMW = ("prodigy", "prodigy-cosine", "dadaptation", "schedule-free-radam")
+            "dadaptation": "dadaptation", "dadaptation-cosine": "dadaptation", "greedy": "transformers"}
+ON_ADAMW = ("prodigy", "prodigy-cosine", "dadaptation", "dadaptation-cosine", "schedule-free-radam")
 BASELINES = {
     name: ["--optimizer", "adamw"] if name in ON_ADAMW else []
     for name in SCHEDULES if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])

@@ -54,7 +54,7 @@ def test_the_state_of_another_schedule_is_refused():
 
 PACKAGES = {"schedule-free": "schedulefree", "schedule-free-radam": "schedulefree", "prodigy": "prodigyopt",
             "prodigy-cosine": "prodigyopt",
-            "dadaptation": "dadaptation", "greedy": "transformers"}
+            "dadaptation": "dadaptation", "dadaptation-cosine": "dadaptation", "greedy": "transformers"}
 
 
 @pytest.fixture(params=[(name, kind) for name, rival in SCHEDULES.items() for kind in rival.usual_lr])
