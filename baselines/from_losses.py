@@ -66,7 +66,7 @@ class Greedy(Baseline):
     """GreedyLR of the package transformers on every step's training loss, averaged over the last 50 steps.
 
     The rate is divided by 0.95 after more than 10 improvements in a row, and multiplied by it after more than 10 steps
-    without one; after 500 divisions at the lower bound it starts again. Deviation: the package bounds the rate by 1e-3
+    without one; after 500 steps at the lower bound it starts again. Deviation: the package bounds the rate by 1e-3
     and 1, which suits an initial rate of 0.1; here the bounds are 1/100 and 10 times the initial rate. Source:
     Subramanian et al., "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence", 2025.
     """

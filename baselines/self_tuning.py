@@ -34,7 +34,7 @@ class ScheduleFree(SelfTuning):
     """Schedule-free SGD (interpolation 0.9 unless momentum is given) or AdamW, with a warm-up over 5 % of the run.
 
     The package advises a warm-up, and for SGD 10 to 50 times the classical rate: here 10 times 0.05, which is good with
-    momentum 0.9, and on text 5 times 20. Source: Defazio et al., 2024.
+    momentum 0.9, and in tables on text 5 times 20. Source: Defazio et al., 2024.
     """
 
     text_lr = 100.0

@@ -183,10 +183,10 @@ def result_of(folder, runs, **header):
 def test_the_picture_of_a_regression_has_its_own_unit_and_leaves_diverging_runs_outside(tmp_path, monkeypatch):
     rows = [{"test_r2": value, "seconds": 1.0} for value in (-1e9, 40)]
     runs = [run_of("fixed", 0, rows, predict="angle"), run_of("cosine", 0, rows, predict="angle")]
-    figures = []
-    monkeypatch.setattr(drawing, "save", lambda figure, path: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
     drawing.draw(tmp_path / "table.png", summarise(runs, None))
-    loss, explained, _ = figures[0].axes
+    loss, explained, _ = drawn[0].axes
     assert loss.get_ylabel() == "training loss (mean squared error)" and loss.get_yscale() == "log"
     assert explained.get_ylim() == (0, 100)
 

@@ -104,8 +104,8 @@ def in_flags(message: str, names: Iterable[str]) -> str:
 def user_errors(args: argparse.Namespace | None = None) -> Iterator[None]:
     """Wraps a script's setup: an error that the user can mend ends it with one line and exit status 2.
 
-    Names of arguments are shown as flags. With several ranks, an error of one of them ends all, and is printed once; so
-    what runs collectives inside, but agree(), has to end its rank by itself.
+    Names of arguments are shown as flags. With several ranks, an error of one of them ends all, and is printed once. A
+    collective inside, other than agree(), has to be one that ends its rank where it fails.
     """
     mine = ""
     try:

@@ -165,7 +165,7 @@ def render(folder: Path) -> None:
         *markdown(table),
         "The smallest expected squared gradient norm along a run, and the slope of its logarithm against that of the "
         f"number of steps; the interval is a bootstrap over the {header['arguments']['seeds']} seeds. γ, and "
-        "the peak of every other schedule, is 1/smoothness; the recommended net trains at about half of γ.", "",
+        "the peak of every rival, is 1/smoothness; the recommended net trains at about half of γ.", "",
         "![Smallest expected squared gradient norm against the number of steps](table.png)", "",
     ]
     title = "Convergence on a smooth non-convex problem"
